@@ -1,0 +1,126 @@
+"""Mixture of experts as in DeepSeek-V3 (arXiv:2412.19437 section 2.1.2): sigmoid router with a correction bias, shared expert.
+
+Shapes: T tokens, D hidden, E routed experts, K experts per token, F expert width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import DeepseekV3Config
+from models.packing import take_rows
+
+
+class FeedForward(nn.Module):
+    """SwiGLU block: the dense layers and the shared expert."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Router(nn.Module):
+    """Picks K experts per token, in float32 whatever the model's dtype."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        # Steers the selection only, never the weights: a buffer, not a trained parameter.
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] -> expert ids [T, K] and their mixing weights [T, K] (float32, gradient into the gate)."""
+        config = self.config
+        scores_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
+        ids_TK = self._select(scores_TE.detach() + self.e_score_correction_bias)
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if config.norm_topk_prob:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return ids_TK, weights_TK * config.routed_scaling_factor
+
+    def _select(self, choice_TE: Tensor) -> Tensor:
+        """Group-limited top-k: groups are ranked by the sum of their two best experts."""
+        config = self.config
+        if config.topk_group < config.n_group:
+            grouped_TGX = choice_TE.unflatten(1, (config.n_group, -1))
+            group_scores_TG = grouped_TGX.topk(2, dim=-1).values.sum(-1)
+            kept = group_scores_TG.topk(config.topk_group, dim=-1).indices
+            dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(1, kept, False)
+            choice_TE = grouped_TGX.masked_fill(dropped_TG[..., None], float("-inf")).flatten(1)
+        return choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
+
+
+class RoutedExperts(nn.Module):
+    """All routed experts of a layer, stacked; on disk each has its own three tensors."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Sum over each token's K experts of weight * expert(x), [T, D]."""
+        num_tokens, top_k = ids_TK.shape
+        order = ids_TK.flatten().argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        counts_E = torch.bincount(ids_TK.flatten(), minlength=len(self.down_proj))
+        repeated = x_TD[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
+        by_expert = self._run(take_rows(repeated, order), counts_E)
+        out_TKD = take_rows(by_expert, inverse).view(num_tokens, top_k, -1)
+        return torch.einsum("tkd,tk->td", out_TKD, weights_TK.to(out_TKD.dtype))
+
+    def _run(self, x: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert, `counts_E` rows each, through their expert."""
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends_E)
+
+    def loop(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The plain twin of `forward`: one expert after the other."""
+        out_TD = torch.zeros_like(x_TD)
+        for expert in range(len(self.down_proj)):
+            tokens, slots = torch.where(ids_TK == expert)
+            gate, up = F.linear(x_TD[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            y = F.linear(F.silu(gate) * up, self.down_proj[expert]) * weights_TK[tokens, slots, None].to(x_TD.dtype)
+            out_TD = out_TD.index_add(0, tokens, y)
+        return out_TD
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts plus the always-on shared expert."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = RoutedExperts(config)
+        self.shared_experts = FeedForward(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] -> output [T, D] and the chosen experts [T, K]."""
+        ids_TK, weights_TK = self.gate(x_TD)
+        return self.experts(x_TD, ids_TK, weights_TK) + self.shared_experts(x_TD), ids_TK
+
+
+def expert_load(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """[E] share of the routed slots that each expert received; sums to 1."""
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).float()
+    return counts_E / counts_E.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def update_correction_bias(router: Router, load_E: Tensor, speed: float) -> None:
+    """Auxiliary-loss-free balancing (arXiv:2408.15664): an expert above the mean load gets a smaller bias, below a larger.
+
+    Call once per optimizer step with the load over the whole global batch. Not during RL: a moving bias changes the
+    policy between rollout and update.
+    """
+    router.e_score_correction_bias += speed * torch.sign(load_E.mean() - load_E)
