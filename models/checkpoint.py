@@ -10,7 +10,7 @@ difference between the two sets of names. Loading is strict: each missing, unexp
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def hf_tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def load_hf_tensors(model: DeepseekV3ForCausalLM, tensors: Iterator[tuple[str, Tensor]], source: str) -> None:
+def load_hf_tensors(model: DeepseekV3ForCausalLM, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Copies checkpoint tensors into the model, in the model's dtypes.
 
     Raises ValueError naming every tensor that is missing, unexpected, given twice or of another shape; what was right
@@ -131,8 +131,25 @@ def load_pretrained(
     return model
 
 
+def tensor_shapes(folder: str | Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor on disk, read from the file headers alone."""
+    shapes = {}
+    for path in _tensor_files(Path(folder)):
+        with safe_open(path, framework="pt") as shard:
+            shapes |= {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
+    return shapes
+
+
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a single-file or sharded checkpoint, one at a time."""
+    """All tensors on disk, one at a time."""
+    for path in _tensor_files(folder):
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                yield name, shard.get_tensor(name)
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    """The files of a single-file or sharded checkpoint. Raises FileNotFoundError naming the one that is absent."""
     index, single = folder / _INDEX_NAME, folder / "model.safetensors"
     if index.is_file():
         files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
@@ -143,6 +160,4 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is named by {_INDEX_NAME} but does not exist")
-        with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                yield name, shard.get_tensor(name)
+    return files

@@ -1,0 +1,97 @@
+"""What rollout takes and gives: prompts, sampling parameters, completions and groups. Plain data, no tensors.
+
+    prompt = Prompt(id="7", text="1+1=", token_ids=[5, 9], row={"answer": "2"})
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One question, ready for an engine."""
+
+    id: str
+    """Unique within the data set; a group is keyed by it, never by the text."""
+    text: str
+    """The whole prompt as the model sees it, template included."""
+    token_ids: list[int]
+    """The same, tokenized."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The data set row it came from; rewards read the gold answer here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to continue each prompt."""
+
+    num_completions: int = 1
+    """G, independent completions per prompt."""
+    max_tokens: int
+    """Longest completion, in tokens; one that reaches it finishes with `length`."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 picks the most probable token."""
+    stop_token_id: int
+    """Ends a completion and is part of it."""
+    seed: int = 0
+    """With the prompt's id and the completion's index it fixes every random draw."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if self.max_tokens < 1 or self.num_completions < 1:
+            raise ValueError(
+                f"max_tokens and num_completions must be >= 1, got {self.max_tokens} and {self.num_completions}"
+            )
+
+    def seed_of(self, prompt_id: str, index: int) -> int:
+        """63-bit seed of one completion; independent of which others are sampled beside it."""
+        digest = hashlib.blake2b(f"{self.seed}/{prompt_id}/{index}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """It emitted the stop token."""
+    LENGTH = "length"
+    """It reached `max_tokens` or the model's longest sequence."""
+    ERROR = "error"
+    """The engine could not finish it; such a completion is counted and never trained on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One sampled continuation, with everything recorded that must not be recomputed."""
+
+    token_ids: list[int]
+    """[L] sampled tokens, the stop token included when it was emitted."""
+    logprobs: list[float]
+    """[L] log-probability of each sampled token at the sampling temperature."""
+    finish_reason: FinishReason
+    policy_version: int
+    """Version of the weights that sampled it; 0 is the checkpoint the engine started from."""
+    seed: int
+    """Seed of its random draws."""
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.logprobs), (
+            f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompletionGroup:
+    """One prompt and its completions, the unit over which advantages are computed."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    """G of them, in sampling order."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(completion.token_ids) for completion in self.completions)

