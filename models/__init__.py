@@ -1,6 +1,6 @@
 """The DeepSeek-V3 model, its parts and its checkpoints. Imports nothing else of this project.
 
-    from models import DeepseekV3Config, DeepseekV3ForCausalLM, SequenceLayout, load_pretrained, save_pretrained
+from models import DeepseekV3Config, DeepseekV3ForCausalLM, SequenceLayout, load_pretrained, save_pretrained
 """
 
 from models.cache import LatentCache

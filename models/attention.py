@@ -1,9 +1,10 @@
 """Multi-head latent attention (MLA), arXiv:2405.04434 section 2.1: naive for whole sequences, absorbed for decoding.
 
-Both read the same parameters, named as in the checkpoint. Naive expands the latent to keys and values per head; absorbed
-moves that expansion onto the query and the output, so that one latent per token is all it needs of the past.
+Both read the same parameters, named as in the checkpoint. Naive expands the latent to keys and values per head;
+absorbed moves that expansion onto the query and the output, so that one latent per token is all it needs of the past.
 
-Shapes: T tokens, B sequences, S positions, D hidden, H heads, C kv latent, R rotary, N no-rope, W value head dimension.
+Shapes: T tokens, B sequences, S positions, D hidden, H heads, C kv latent, R rotary and
+U unrotated part of a query or key head, W value head.
 """
 
 import torch
@@ -42,29 +43,29 @@ class MultiHeadLatentAttention(nn.Module):
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layout: SequenceLayout, cache: LatentCache | None = None
     ) -> Tensor:
         """Naive form: causal attention inside each packed sequence, [T, D] -> [T, D]; fills `cache` when given."""
-        q_nope_THN, q_pe_THR, kv_c_TC, k_pe_TR = self._project(x_TD, rope)
+        q_nope_THU, q_pe_THR, kv_c_TC, k_pe_TR = self._project(x_TD, rope)
         if cache is not None:
             cache.fill(self.layer, layout, kv_c_TC, k_pe_TR)
-        k_nope_THN, v_THW = self._split_heads(self.kv_b_proj(kv_c_TC)).split([self.dims[0], self.v_head_dim], dim=-1)
+        k_nope_THU, v_THW = self._split_heads(self.kv_b_proj(kv_c_TC)).split([self.dims[0], self.v_head_dim], dim=-1)
         k_pe_THR = k_pe_TR[:, None, :].expand(-1, self.num_heads, -1)
         # Padding stands behind each sequence, where causality hides it; padded queries are dropped by unpad.
         q_BHS, k_BHS, v_BHS = (
             layout.pad(x).transpose(1, 2)
-            for x in (torch.cat([q_nope_THN, q_pe_THR], -1), torch.cat([k_nope_THN, k_pe_THR], -1), v_THW)
+            for x in (torch.cat([q_nope_THU, q_pe_THR], -1), torch.cat([k_nope_THU, k_pe_THR], -1), v_THW)
         )
         out_BHSW = F.scaled_dot_product_attention(q_BHS, k_BHS, v_BHS, is_causal=True, scale=self.scale)
         return self.o_proj(layout.unpad(out_BHSW.transpose(1, 2)).flatten(1))
 
     def decode(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
         """Absorbed form: one new token per sequence attends to the cached latents and itself, [B, D] -> [B, D]."""
-        q_nope_BHN, q_pe_BHR, kv_c_BC, k_pe_BR = self._project(x_BD, rope)
+        q_nope_BHU, q_pe_BHR, kv_c_BC, k_pe_BR = self._project(x_BD, rope)
         cache.append(self.layer, kv_c_BC, k_pe_BR)
         longest = int(cache.lengths_B.max()) + 1
         kv_c_BSC, k_pe_BSR = cache.kv_c_LBSC[self.layer][:, :longest], cache.k_pe_LBSR[self.layer][:, :longest]
         up_HXC = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
-        up_k_HNC, up_v_HWC = up_HXC.split([self.dims[0], self.v_head_dim], dim=1)
+        up_k_HUC, up_v_HWC = up_HXC.split([self.dims[0], self.v_head_dim], dim=1)
 
-        q_c_BHC = torch.einsum("bhn,hnc->bhc", q_nope_BHN, up_k_HNC)
+        q_c_BHC = torch.einsum("bhu,huc->bhc", q_nope_BHU, up_k_HUC)
         scores_BHS = torch.einsum("bhc,bsc->bhs", q_c_BHC, kv_c_BSC) + torch.einsum("bhr,bsr->bhs", q_pe_BHR, k_pe_BSR)
         future_BS = torch.arange(longest, device=x_BD.device) > cache.lengths_B[:, None]
         scores_BHS = (scores_BHS * self.scale).masked_fill(future_BS[:, None, :], float("-inf"))
@@ -74,16 +75,16 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(out_BHW.flatten(1))
 
     def _project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries per head (plain and rotated part), normalised latent, and the one rotated key that all heads share."""
+        """Queries per head (plain and rotated part), normalised latent, and the rotated key that all heads share."""
         cos_TR, sin_TR = rope
         if hasattr(self, "q_proj"):
             q = self.q_proj(x_TD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
-        q_nope_THN, q_pe_THR = self._split_heads(q).split(self.dims, dim=-1)
+        q_nope_THU, q_pe_THR = self._split_heads(q).split(self.dims, dim=-1)
         kv_c_TC, k_pe_TR = self.kv_a_proj_with_mqa(x_TD).split([self.kv_lora_rank, self.dims[1]], dim=-1)
         q_pe_THR = rotate(q_pe_THR, cos_TR[:, None], sin_TR[:, None])
-        return q_nope_THN, q_pe_THR, self.kv_a_layernorm(kv_c_TC), rotate(k_pe_TR, cos_TR, sin_TR)
+        return q_nope_THU, q_pe_THR, self.kv_a_layernorm(kv_c_TC), rotate(k_pe_TR, cos_TR, sin_TR)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))

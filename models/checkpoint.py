@@ -1,7 +1,7 @@
 """Hugging Face checkpoints of DeepseekV3ForCausalLM, in and out: `config.json` and `model.safetensors`.
 
-On disk every routed expert has its own gate, up and down matrix; in memory a layer's experts are stacked. That is the only
-difference between the two sets of names. Loading is strict: each missing, unexpected or misshapen tensor is named.
+On disk every routed expert has its own gate, up and down matrix; in memory a layer's experts are stacked. That is the
+only difference between the two sets of names. Loading is strict: each missing, unexpected or misshapen tensor is named.
 
     save_pretrained(model, "out_dir")
     model = load_pretrained("out_dir", dtype=torch.float32)
@@ -127,7 +127,7 @@ def load_pretrained(
     model = DeepseekV3ForCausalLM(config).to(device)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    load_hf_tensors(model, _read_tensors(folder), source=str(folder))
+    load_hf_tensors(model, read_tensors(folder), source=str(folder))
     return model
 
 
@@ -140,7 +140,7 @@ def tensor_shapes(folder: str | Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """All tensors on disk, one at a time."""
     for path in _tensor_files(folder):
         with safe_open(path, framework="pt") as shard:

@@ -1,4 +1,5 @@
-"""Configuration of the DeepSeek-V3 model: the keys of a Hugging Face `config.json`, verbatim, and what follows from them.
+"""Configuration of the DeepSeek-V3 model: the keys of a Hugging Face `config.json`, verbatim, and what follows from
+them.
 
 Not here: any default that would turn a missing key of a checkpoint into a silently different model.
 
@@ -94,7 +95,9 @@ class DeepseekV3Config:
             )
         per_group = self.n_routed_experts // self.n_group
         if self.n_group > 1 and per_group < 2:
-            raise ValueError(f"a group needs at least 2 experts (its score is the sum of its best two), got {per_group}")
+            raise ValueError(
+                f"a group needs at least 2 experts (its score is the sum of its best two), got {per_group}"
+            )
         if not 1 <= self.topk_group <= self.n_group:
             raise ValueError(f"topk_group must be between 1 and n_group={self.n_group}, got {self.topk_group}")
         if self.num_experts_per_tok > per_group * self.topk_group:
@@ -134,16 +137,20 @@ class DeepseekV3Config:
         rope = self.rope_parameters
         if rope.rope_type == "default":
             own["rope_parameters"] = {"rope_type": "default", "rope_theta": rope.rope_theta}
-        return own | _FIXED_KEYS | {
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "model_type": "deepseek_v3",
-            "num_key_value_heads": self.num_attention_heads,
-            "head_dim": self.qk_rope_head_dim,
-            "num_nextn_predict_layers": 0,
-            "ep_size": 1,
-            # vLLM computes router logits in the model's dtype without this key, transformers always in float32.
-            "moe_router_dtype": "float32",
-        }
+        return (
+            own
+            | _FIXED_KEYS
+            | {
+                "architectures": ["DeepseekV3ForCausalLM"],
+                "model_type": "deepseek_v3",
+                "num_key_value_heads": self.num_attention_heads,
+                "head_dim": self.qk_rope_head_dim,
+                "num_nextn_predict_layers": 0,
+                "ep_size": 1,
+                # vLLM computes router logits in the model's dtype without this key, transformers always in float32.
+                "moe_router_dtype": "float32",
+            }
+        )
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "DeepseekV3Config":

@@ -1,4 +1,5 @@
-"""Mixture of experts as in DeepSeek-V3 (arXiv:2412.19437 section 2.1.2): sigmoid router with a correction bias, shared expert.
+"""Mixture of experts as in DeepSeek-V3 (arXiv:2412.19437 section 2.1.2): sigmoid router with a correction bias, shared
+expert.
 
 Shapes: T tokens, D hidden, E routed experts, K experts per token, F expert width.
 """
@@ -110,15 +111,10 @@ class MixtureOfExperts(nn.Module):
         return self.experts(x_TD, ids_TK, weights_TK) + self.shared_experts(x_TD), ids_TK
 
 
-def expert_load(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """[E] share of the routed slots that each expert received; sums to 1."""
-    counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).float()
-    return counts_E / counts_E.sum().clamp(min=1)
-
-
 @torch.no_grad()
 def update_correction_bias(router: Router, load_E: Tensor, speed: float) -> None:
-    """Auxiliary-loss-free balancing (arXiv:2408.15664): an expert above the mean load gets a smaller bias, below a larger.
+    """Auxiliary-loss-free balancing (arXiv:2408.15664): an expert above the mean load gets a smaller bias, below a
+    larger.
 
     Call once per optimizer step with the load over the whole global batch. Not during RL: a moving bias changes the
     policy between rollout and update.

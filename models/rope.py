@@ -34,7 +34,8 @@ def inverse_frequencies(dim: int, rope: RopeParameters) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x0, x1), (x2, x3), ... of [..., R] by the angles given as [..., R / 2].
 
-    Returns [all first elements | all second elements]; queries and keys share this order, so their products do not see it.
+    Returns [all first elements | all second elements]; queries and keys share this order, so their products do not see
+    it.
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
@@ -46,6 +47,7 @@ class RotaryTable(nn.Module):
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
         rope = config.rope_parameters
+        self.inverse_frequencies_R: Tensor
         self.register_buffer(
             "inverse_frequencies_R", inverse_frequencies(config.qk_rope_head_dim, rope), persistent=False
         )

@@ -1,7 +1,7 @@
 """DeepseekV3ForCausalLM: embedding, decoder layers, norm, head, over packed sequences. Read this file first.
 
-Module and parameter names are those of the Hugging Face checkpoint; only the routed experts are stacked (see checkpoint.py).
-Shapes: T packed tokens, B sequences, D hidden, K experts per token, V vocabulary.
+Module and parameter names are those of the Hugging Face checkpoint; only the routed experts are stacked (see
+checkpoint.py). Shapes: T packed tokens, B sequences, D hidden, K experts per token, V vocabulary.
 
     model = DeepseekV3ForCausalLM(config)
     hidden_TD = model(ids_T, SequenceLayout.from_lengths([5, 3])).hidden_TD
@@ -114,7 +114,8 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fresh weights from `seed`: embeddings N(0, initializer_range); every matrix N(0, 1 / fan-in); norms 1; bias 0.
+        """Fresh weights from `seed`: embeddings N(0, initializer_range); every matrix N(0, 1 / fan-in); norms 1; bias
+        0.
 
         The paper's one std of 0.006 for all suits a hidden size of 7,168; 1 / sqrt(fan-in) suits every width.
         """

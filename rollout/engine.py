@@ -1,41 +1,60 @@
 """The engine interface, and the one place that builds an engine by name.
 
-An engine holds the weights of one policy version and continues prompts. `native` is this project's own model code (exact,
-runs anywhere); `vllm` is fast. Both give log-probabilities of the tokens they sampled, at the sampling temperature.
+An engine holds the weights of one policy version and continues prompts. `native` is this project's own model code
+(exact, runs anywhere); `vllm` is fast. Both give log-probabilities of the tokens they sampled, at the sampling
+temperature.
 
-    engine = build_engine(EngineSpec(kind="native", model="checkpoint_dir"))
+    engine = build_engine(EngineConfig(kind="native"), "checkpoint_dir")
 """
 
 import importlib.util
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 
 from rollout.sample import CompletionGroup, Prompt, SamplingParams
 
-EngineKind = Literal["native", "vllm"]
 WeightStream = Iterable[tuple[str, torch.Tensor]]
 """(checkpoint name, tensor) pairs, each name once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSpec:
-    """Everything needed to build one engine, here or in another process."""
+class EngineConfig:
+    """Which engines, how many and how large."""
 
-    kind: EngineKind
-    model: str
-    """Folder of a Hugging Face checkpoint."""
+    kind: Literal["auto", "vllm", "native"] = "auto"
+    """`vllm` is fast, `native` is this project's own model code; `auto` takes vLLM where it is installed."""
+    transport: Literal["ray", "local"] = "ray"
+    """Engines in Ray actors, or a single one in this process."""
+    num_engines: int = 1
+    """Copies of the model, each in its own Ray actor."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the engine's weights and activations."""
     max_model_len: int = 2048
     """Longest prompt plus completion, in tokens."""
+    max_num_seqs: int = 256
+    """Sequences that one engine decodes at once."""
     num_threads: int = 1
-    """CPU threads of the engine's process; set by the pool that starts the process."""
+    """CPU threads of each Ray actor."""
     kv_cache_gib: int = 1
     """Memory of vLLM's key-value cache on CPU."""
-    max_num_seqs: int = 256
-    """Sequences decoded at once."""
+
+    def __post_init__(self) -> None:
+        if self.num_engines < 1:
+            raise ValueError(f"num_engines must be >= 1, got {self.num_engines}")
+        if self.transport == "local" and self.num_engines != 1:
+            raise ValueError(f"transport 'local' runs exactly 1 engine, got num_engines={self.num_engines}; use 'ray'")
+
+    def resolved(self) -> "EngineConfig":
+        """The same with `auto` decided. Raises ValueError if vLLM is asked for and not installed."""
+        installed = importlib.util.find_spec("vllm") is not None
+        if self.kind == "auto":
+            return replace(self, kind="vllm" if installed else "native")
+        if self.kind == "vllm" and not installed:
+            raise ValueError("engine 'vllm' needs vLLM, which is not installed; use the engine 'native'")
+        return self
 
 
 class Engine(Protocol):
@@ -61,21 +80,15 @@ class Engine(Protocol):
         ...
 
 
-def vllm_is_installed() -> bool:
-    return importlib.util.find_spec("vllm") is not None
-
-
-def build_engine(spec: EngineSpec) -> Engine:
-    """Builds the engine in this process. Raises ValueError if vLLM is asked for and not installed."""
-    if spec.kind == "native":
+def build_engine(config: EngineConfig, model: str) -> Engine:
+    """Builds one engine in this process from the Hugging Face checkpoint folder `model`."""
+    if config.resolved().kind == "native":
         from rollout.native_engine import NativeEngine
 
-        return NativeEngine(spec)
-    if not vllm_is_installed():
-        raise ValueError("engine 'vllm' needs vLLM, which is not installed; use the engine 'native'")
+        return NativeEngine(config, model)
     from rollout.vllm_engine import VLLMEngine  # heavy and optional, hence not at the top
 
-    return VLLMEngine(spec)
+    return VLLMEngine(config, model)
 
 
 def check_prompt_lengths(prompts: Sequence[Prompt], max_model_len: int) -> None:

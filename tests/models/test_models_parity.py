@@ -1,9 +1,12 @@
 """Our model against transformers' DeepseekV3, fp32 on CPU: logits within 5e-5, gradients within 1e-5 relative.
 
-Weights are random but sharp (logits of about 10): the default initialisation gives near-uniform logits that hide errors.
+Weights are random but sharp (logits of about 10): the default initialisation gives near-uniform logits that hide
+errors.
 """
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,8 @@ from models import (
     load_pretrained,
     save_pretrained,
 )
+from models.moe import MixtureOfExperts
+from models.transformer import DecoderLayer
 
 BASE = DeepseekV3Config(
     vocab_size=97,
@@ -35,9 +40,7 @@ BASE = DeepseekV3Config(
     v_head_dim=24,
     max_position_embeddings=128,
 )
-YARN = RopeParameters(
-    rope_type="yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0
-)
+YARN = RopeParameters(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0)
 CORNERS = {
     "plain": BASE,
     "q_lora": replace(BASE, q_lora_rank=24),
@@ -70,9 +73,10 @@ def sharp_model(config: DeepseekV3Config, seed: int = 0) -> DeepseekV3ForCausalL
     return model
 
 
-def reference_of(model: DeepseekV3ForCausalLM, folder) -> Reference:
+def reference_of(model: DeepseekV3ForCausalLM, folder: Path) -> Any:
     save_pretrained(model, folder)
-    reference, report = Reference.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    load: Any = Reference
+    reference, report = load.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     return reference
 
@@ -100,8 +104,9 @@ def test_logits_and_gradients_equal_transformers(corner: str, tmp_path) -> None:
     expected = {name: p.grad for name, p in reference.named_parameters()}
     compared = 0
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and expected[name] is not None
-        assert relative_error(parameter.grad, expected[name]) < 1e-5, name
+        theirs_grad = expected[name]
+        assert parameter.grad is not None and theirs_grad is not None
+        assert relative_error(parameter.grad, theirs_grad) < 1e-5, name
         compared += 1
     assert compared == len(expected)
 
@@ -122,13 +127,17 @@ def test_absorbed_decoding_equals_whole_sequences(corner: str) -> None:
         prefill = model(torch.cat([x[:n] for x, n in zip(ids, prompts, strict=True)]), layout, cache)
         assert (prefill.hidden_TD - torch.cat([w[:n] for w, n in zip(whole, prompts, strict=True)])).abs().max() < 2e-5
         for step in range(continuation):
-            hidden_BD = model.decode(torch.stack([x[n + step] for x, n in zip(ids, prompts, strict=True)]), cache).hidden_TD
+            hidden_BD = model.decode(
+                torch.stack([x[n + step] for x, n in zip(ids, prompts, strict=True)]), cache
+            ).hidden_TD
             expected = torch.stack([w[n + step] for w, n in zip(whole, prompts, strict=True)])
             assert (hidden_BD - expected).abs().max() < 2e-5, f"decoding step {step}"
 
 
 def test_experts_equal_their_plain_twin() -> None:
-    experts = sharp_model(CORNERS["groups"]).model.layers[1].mlp.experts
+    layer = sharp_model(CORNERS["groups"]).model.layers[1]
+    assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, MixtureOfExperts)
+    experts = layer.mlp.experts
     x_TD = torch.randn(40, 64, requires_grad=True)
     ids_TK = torch.randint(0, 5, (40, 1)) + torch.tensor([[0, 3]])  # some experts stay empty
     weights_TK = torch.rand(40, 2, requires_grad=True)

@@ -1,0 +1,46 @@
+"""Training checkpoints: everything an exact continuation needs, in `checkpoints/step_N/` of a run.
+
+The policy is an ordinary Hugging Face folder inside it; optimizer and counters lie beside it. A checkpoint appears
+whole or not at all, and the newest one replaces the older ones.
+
+    save_checkpoint(run_dir, learner, step=40)
+    step = load_checkpoint(run_dir, learner)
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from grpo.learner import Learner
+from models.checkpoint import load_hf_tensors, read_tensors, replace_folder, write_checkpoint
+
+_POLICY, _STATE = "policy", "learner.pt"
+
+
+def save_checkpoint(run_dir: Path, learner: Learner, step: int) -> Path:
+    """Writes the state after `step` finished steps, then removes older checkpoints."""
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    with replace_folder(folder) as fresh:
+        (fresh / _POLICY).mkdir()
+        write_checkpoint(learner.model, fresh / _POLICY)
+        torch.save({"trainer_step": step, "learner": learner.state_dict()}, fresh / _STATE)
+    for other in folder.parent.glob("step_*"):
+        if other != folder:
+            shutil.rmtree(other)
+    return folder
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    return max((run_dir / "checkpoints").glob("step_*"), default=None)
+
+
+def load_checkpoint(run_dir: Path, learner: Learner) -> int:
+    """Puts the newest checkpoint into the learner; the number of steps it has finished, 0 without a checkpoint."""
+    folder = latest_checkpoint(run_dir)
+    if folder is None:
+        return 0
+    load_hf_tensors(learner.model, read_tensors(folder / _POLICY), source=str(folder))
+    state = torch.load(folder / _STATE, weights_only=True)
+    learner.load_state_dict(state["learner"])
+    return state["trainer_step"]

@@ -1,0 +1,237 @@
+"""The GRPO loop: sample, score, advantages, update, sync, log, save. `GRPOTrainer.run` is the whole algorithm.
+
+GRPOTrainer(config, learner, pool, prompts, rubric, decode, stop_token_id, run_dir).run()
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo.advantages import AdvantageScale
+from grpo.batch import TrainingSample
+from grpo.checkpoint import load_checkpoint, save_checkpoint
+from grpo.learner import Learner
+from grpo.metrics import MetricsLogger
+from grpo.samples import Decode, build_samples, score_groups
+from rewards import Rubric, Score
+from rollout.pool import EnginePool
+from rollout.prompts import PromptSource
+from rollout.sample import CompletionGroup, FinishReason, SamplingParams
+from rollout.weight_sync import probe_sequences, push_weights
+
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The loop's dials."""
+
+    steps: int = 100
+    """Rollout batches, each followed by `minibatches` optimizer steps."""
+    prompts_per_step: int = 16
+    """Different prompts in one rollout batch."""
+    completions_per_prompt: int = 16
+    """G, the size of a group."""
+    minibatches: int = 1
+    """Optimizer steps per rollout batch; 1 is strictly on-policy."""
+    max_tokens: int = 1024
+    """Longest completion."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities that are trained."""
+    advantage_scale: AdvantageScale = "std"
+    """Divide advantages by the group's standard deviation, or not."""
+    save_every: int = 50
+    """Steps between checkpoints; the last step always has one."""
+    log_groups_every: int = 10
+    """Steps between dumps of a batch's completions with their scores to `groups.jsonl`; 0 for none."""
+    probe_limit: float = 1e-3
+    """Largest difference of log-probabilities allowed between learner and engine after a sync."""
+    seed: int = 0
+    """Fixes the order of prompts and every sampled token."""
+
+    def __post_init__(self) -> None:
+        if self.completions_per_prompt < 2:
+            raise ValueError(
+                f"completions_per_prompt must be >= 2 for a group baseline, got {self.completions_per_prompt}"
+            )
+        if self.minibatches < 1 or self.samples_per_step % self.minibatches:
+            raise ValueError(
+                f"minibatches={self.minibatches} must divide the {self.samples_per_step} samples of a step"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be > 0 to learn from samples, got {self.temperature}")
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.completions_per_prompt
+
+    def arithmetic(self) -> str:
+        """The batch arithmetic in one line."""
+        updates = f"{self.minibatches} optimizer step" + ("s" if self.minibatches > 1 else "")
+        return (
+            f"{self.prompts_per_step} prompts x {self.completions_per_prompt} completions = {self.samples_per_step} "
+            f"samples = {updates}, {self.steps} times"
+        )
+
+
+class GRPOTrainer:
+    """Ties learner, engines, prompts and rewards together and remembers how far it is."""
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        learner: Learner,
+        pool: EnginePool,
+        prompts: PromptSource,
+        rubric: Rubric,
+        decode: Decode,
+        stop_token_id: int,
+        run_dir: Path,
+        on_step: OnStep = lambda step, metrics: None,
+    ) -> None:
+        """Continues from the newest checkpoint in `run_dir` if there is one."""
+        self.config, self.learner, self.pool, self.prompts = config, learner, pool, prompts
+        self.rubric, self.decode, self.stop_token_id = rubric, decode, stop_token_id
+        self.run_dir, self.on_step = run_dir, on_step
+        self.first_step = load_checkpoint(run_dir, learner)
+        self.logger = MetricsLogger(run_dir, resume_from=self.first_step)
+        self.probe = probe_sequences(prompts.prompts, learner.model.config.vocab_size)
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> None:
+        self.sync(version=self.first_step)  # before the first token: the engines start from files, not from the learner
+        for step in range(self.first_step, self.config.steps):
+            groups = self.rollout(step)
+            scores = self.score(groups, step)
+            samples, counts = build_samples(
+                groups, scores, temperature=self.config.temperature, scale=self.config.advantage_scale
+            )
+            report = self.update(samples, step)
+            drift = self.sync(version=step + 1)
+            metrics = batch_metrics(groups, scores) | counts | report | {"sync/probe_difference": drift}
+            self.log(step, metrics, groups, scores)
+            self.save_if_due(step)
+        self.logger.close()
+
+    def rollout(self, step: int) -> list[CompletionGroup]:
+        with _Clock(self._seconds, "rollout"):
+            prompts = self.prompts.batch(step, self.config.prompts_per_step)
+            params = SamplingParams(
+                num_completions=self.config.completions_per_prompt,
+                max_tokens=self.config.max_tokens,
+                temperature=self.config.temperature,
+                stop_token_id=self.stop_token_id,
+                seed=self.config.seed * 1_000_003 + step,
+            )
+            by_id = {group.prompt.id: group for group in self.pool.generate(prompts, params)}
+            return [by_id[prompt.id] for prompt in prompts]  # arrival order is chance, batch order is not
+
+    def score(self, groups: Sequence[CompletionGroup], step: int) -> list[list[Score]]:
+        with _Clock(self._seconds, "score"):
+            return score_groups(groups, self.rubric, self.decode, step)
+
+    def update(self, samples: list[TrainingSample], step: int) -> dict[str, float]:
+        """`minibatches` optimizer steps over the shuffled samples; the mean of their reports, mismatch from the
+        first.
+        """
+        with _Clock(self._seconds, "learn"):
+            if not samples:
+                return {}
+            if self.config.minibatches > 1:
+                random.Random(f"{self.config.seed} {step}").shuffle(samples)
+            size = -(-len(samples) // self.config.minibatches)
+            reports = [self.learner.update(samples[i : i + size]) for i in range(0, len(samples), size)]
+            mean = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
+            return mean | {name: value for name, value in reports[0].items() if name.startswith("mismatch/")}
+
+    def sync(self, version: int) -> float:
+        with _Clock(self._seconds, "sync"):
+            return push_weights(
+                self.pool,
+                self.learner.named_weights(),
+                version,
+                self.probe,
+                self.learner.score(self.probe),
+                self.config.probe_limit,
+            )
+
+    def log(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        groups: Sequence[CompletionGroup],
+        scores: Sequence[Sequence[Score]],
+    ) -> None:
+        seconds, self._seconds = self._seconds, {}
+        sampled = sum(group.num_tokens for group in groups)
+        learned = sampled + sum(len(group.prompt.token_ids) * len(group.completions) for group in groups)
+        metrics |= {f"seconds/{name}": value for name, value in seconds.items()} | {
+            "speed/rollout_tokens_per_s": sampled / seconds["rollout"],
+            "speed/learn_tokens_per_s": learned / seconds["learn"],
+        }
+        self.logger.log(step, metrics)
+        if self.config.log_groups_every and step % self.config.log_groups_every == 0:
+            append_groups(self.run_dir / "groups.jsonl", step, groups, scores, self.decode)
+        self.on_step(step, metrics)
+
+    def save_if_due(self, step: int) -> None:
+        finished = step + 1
+        if finished % self.config.save_every == 0 or finished == self.config.steps:
+            save_checkpoint(self.run_dir, self.learner, finished)
+
+
+class _Clock:
+    """Adds the wall time of a `with` block to `seconds[name]`."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start
+
+
+def batch_metrics(groups: Sequence[CompletionGroup], scores: Sequence[Sequence[Score]]) -> dict[str, float]:
+    """Means over a batch: reward, each reward function's own value and metrics, lengths, finish reasons."""
+    flat = [score for group_scores in scores for score in group_scores]
+    completions = [completion for group in groups for completion in group.completions]
+    values = [score.value for score in flat if score.value is not None]
+    named: dict[str, list[float]] = {}
+    for score in flat:
+        for name, value in score.metrics.items():
+            named.setdefault(f"reward/{name}", []).append(value)
+    truncated = sum(completion.finish_reason is FinishReason.LENGTH for completion in completions)
+    return {
+        **({"reward/mean": sum(values) / len(values)} if values else {}),
+        **{name: sum(of_name) / len(of_name) for name, of_name in named.items()},
+        "reward/errors": sum(score.status.is_failure() for score in flat) / len(flat),
+        "completion/tokens": sum(len(completion.token_ids) for completion in completions) / len(completions),
+        "completion/truncated": truncated / len(completions),
+    }
+
+
+def append_groups(
+    path: Path, step: int, groups: Sequence[CompletionGroup], scores: Sequence[Sequence[Score]], decode: Decode
+) -> None:
+    """One JSON line per group: the prompt, and each completion's text, reward, metrics, details and finish reason."""
+    with path.open("a") as file:
+        for group, group_scores in zip(groups, scores, strict=True):
+            texts = decode([completion.token_ids for completion in group.completions])
+            rows = [
+                {
+                    "text": text,
+                    "reward": score.value,
+                    "metrics": dict(score.metrics),
+                    "info": dict(score.info),
+                    "finish_reason": completion.finish_reason,
+                    "policy_version": completion.policy_version,
+                }
+                for text, completion, score in zip(texts, group.completions, group_scores, strict=True)
+            ]
+            record = {"step": step, "prompt_id": group.prompt.id, "prompt": group.prompt.text, "completions": rows}
+            file.write(json.dumps(record, default=str) + "\n")

@@ -1,0 +1,1 @@
+"""What a user runs: stages, tasks, evaluation, recipes and the command line."""

@@ -1,0 +1,120 @@
+"""The command `grpo`: chooses a recipe, applies a config file and flags, and turns user errors into one line.
+
+    grpo quickstart
+    grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
+    grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
+    grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
+
+Flags beat the config file, the file beats the recipe. Exit status: 0 done, 1 the run failed or did not learn, 2 wrong
+input.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_USAGE = __doc__ or ""
+_QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "true",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_NO_USAGE_STATS": "1",
+    "KMP_BLOCKTIME": "0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One subcommand: its configuration class, its recipes, and what runs it."""
+
+    config: type
+    recipes: dict[str, Callable[[], Any]]
+    """Name -> whole configuration; the first is the default where no recipe is named."""
+    run: Callable[[Any], Any]
+    """Raises ValueError or OSError for wrong input; an int result is the exit status."""
+
+
+def _commands() -> dict[str, Command]:
+    """Imported late, so that `grpo --help` does not wait for torch."""
+    from pipelines.evaluate import EvalConfig, run_eval
+    from pipelines.pretrain import PretrainConfig, run_pretrain
+    from pipelines.quickstart import QuickstartConfig, run_quickstart
+    from pipelines.recipes import PRETRAIN_RECIPES, ZERO_RECIPES
+    from pipelines.zero import ZeroConfig, run_zero
+
+    return {
+        "quickstart": Command(config=QuickstartConfig, recipes={"ledger": QuickstartConfig}, run=run_quickstart),
+        "pretrain": Command(
+            config=PretrainConfig,
+            recipes={"default": lambda: PretrainConfig(data="", out="")} | PRETRAIN_RECIPES,
+            run=run_pretrain,
+        ),
+        "zero": Command(
+            config=ZeroConfig, recipes={"default": lambda: ZeroConfig(model="")} | ZERO_RECIPES, run=run_zero
+        ),
+        "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),
+    }
+
+
+def parse(command: Command, arguments: Sequence[str]) -> Any:
+    """The configuration that recipe, config file and flags together ask for. Raises ValueError for an unknown key."""
+    import tyro
+
+    from pipelines.config import did_you_mean, read_config
+
+    rest = list(arguments)
+    recipe = next(iter(command.recipes))
+    if rest and not rest[0].startswith("-"):
+        recipe = rest.pop(0)
+        if recipe not in command.recipes:
+            raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(command.recipes)}")
+    default = command.recipes[recipe]()
+    if "--config" in rest:
+        at = rest.index("--config")
+        if at + 1 == len(rest):
+            raise ValueError("--config needs a file")
+        default = read_config(command.config, Path(rest[at + 1]), default)
+        del rest[at : at + 2]
+    config, unknown = tyro.cli(command.config, args=rest, default=default, return_unknown_args=True)
+    if unknown:
+        flags = [f"--{name.replace('_', '-')}" for name in _field_names(default)]
+        raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], flags)}")
+    return config
+
+
+def _field_names(config: Any, prefix: str = "") -> list[str]:
+    names = []
+    for name, value in vars(config).items():
+        names += _field_names(value, f"{prefix}{name}.") if hasattr(value, "__dataclass_fields__") else [prefix + name]
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status. GRPO_TRACEBACK=1 shows where a one-line error came from."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if arguments else 2
+    commands = _commands()
+    if arguments[0] not in commands:
+        print(f"grpo: error: unknown command {arguments[0]!r}; known: {', '.join(commands)}", file=sys.stderr)
+        return 2
+    command = commands[arguments[0]]
+    try:
+        result = command.run(parse(command, arguments[1:]))
+    except (ValueError, OSError) as error:
+        if os.environ.get("GRPO_TRACEBACK"):
+            raise
+        print(f"grpo: error: {error}", file=sys.stderr)
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

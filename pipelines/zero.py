@@ -1,0 +1,171 @@
+"""R1-Zero: GRPO from a base checkpoint with rule-based rewards alone (arXiv:2501.12948 section 2.2).
+
+    grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero
+    grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero --resume
+
+The run folder holds config.json, metrics.jsonl, tensorboard/, groups.jsonl, checkpoints/ and at the end model/.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from grpo.learner import Learner, LearnerConfig
+from grpo.trainer import GRPOTrainer, TrainerConfig
+from models import load_pretrained
+from models.checkpoint import replace_folder, write_checkpoint
+from pipelines.config import read_config, write_config
+from pipelines.console import console, progress_bar
+from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
+from pipelines.tasks import get_task
+from rewards import Rubric
+from rollout.engine import EngineConfig
+from rollout.pool import EnginePool, build_pool
+from rollout.prompts import PromptSource
+from rollout.sample import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig:
+    """`grpo zero`: reinforcement learning from a base checkpoint."""
+
+    model: str
+    """Folder of the base checkpoint, in Hugging Face form."""
+    task: str = "gsm8k"
+    """Name of the task."""
+    data: str | None = None
+    """File or hub id of the prompts; without it the task generates them or names its own hub id."""
+    split: str = "train"
+    """Split of a hub data set."""
+    num_prompts: int = 0
+    """Prompts to use: 0 for all of a data set; generated tasks need a number."""
+    reward: tuple[str, ...] = ()
+    """Rewards, `[weight*]name` or `[weight*]path/to/file.py:function`; the task's own if none is given."""
+    max_bad_share: float = 0.01
+    """Share of malformed rows that may be skipped."""
+    out: str = "runs/zero"
+    """Run folder."""
+    resume: bool = False
+    """Continue the run in `out` from its newest checkpoint."""
+    num_threads: int = 2
+    """CPU threads of the learner."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The loop."""
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    """Objective and optimizer."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """The engines that sample."""
+
+    def __post_init__(self) -> None:
+        task = get_task(self.task)
+        if self.data is None and task.make_rows is not None and self.num_prompts < 1:
+            raise ValueError(f"task {task.name} generates its problems: say how many with --num-prompts")
+        if self.trainer.max_tokens >= self.engine.max_model_len:
+            raise ValueError(
+                f"trainer.max_tokens={self.trainer.max_tokens} leaves no room for a prompt within "
+                f"engine.max_model_len={self.engine.max_model_len}; lower the first or raise the second"
+            )
+        if self.learner.token_budget < self.engine.max_model_len:
+            raise ValueError(
+                f"learner.token_budget={self.learner.token_budget} is smaller than one sequence may be, "
+                f"engine.max_model_len={self.engine.max_model_len}; raise the first or lower the second"
+            )
+        if self.num_prompts and self.num_prompts < self.trainer.prompts_per_step:
+            raise ValueError(
+                f"num_prompts={self.num_prompts} is fewer than trainer.prompts_per_step="
+                f"{self.trainer.prompts_per_step}; raise the first or lower the second"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """Everything that can be wrong with the input has been read and checked."""
+
+    config: ZeroConfig
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    rubric: Rubric
+    out: Path
+
+
+def prepare(config: ZeroConfig) -> PreparedRun:
+    """Reads data, tokenizer and rewards and opens the run folder. Raises ValueError or OSError with the remedy."""
+    config = replace(config, engine=config.engine.resolved())
+    task = get_task(config.task)
+    tokenizer = load_tokenizer(config.model)
+    rubric = build_rubric(config.reward, task)
+    rows = task_rows(
+        task, config.data, split=config.split, count=config.num_prompts, seed=config.trainer.seed,
+        max_bad_share=config.max_bad_share, report=console.print,
+    )  # fmt: skip
+    room = config.engine.max_model_len - config.trainer.max_tokens
+    prompts = build_prompts(rows, task, tokenizer, max_tokens=room, report=console.print)
+    out = Path(config.out)
+    open_run_folder(config, out)
+    return PreparedRun(config=config, tokenizer=tokenizer, prompts=prompts, rubric=rubric, out=out)
+
+
+def open_run_folder(config: ZeroConfig, out: Path) -> None:
+    """Creates the folder with its config.json, or checks that a run to be resumed has the same configuration."""
+    saved = out / "config.json"
+    if not config.resume:
+        if saved.exists():
+            raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_config(config, saved)
+        return
+    if not saved.exists():
+        raise FileNotFoundError(f"{out} holds no run to resume (no config.json); start it without --resume")
+    started = replace(read_config(ZeroConfig, saved, default=config), resume=True)
+    if started != config:
+        changed = [name for name in vars(config) if getattr(started, name) != getattr(config, name)]
+        raise ValueError(
+            f"{out} was started with another {', '.join(changed)}; resume it with the configuration in {saved}"
+        )
+
+
+def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
+    """The whole of `grpo zero`; the folder of the trained model. A `pool` that is passed in stays open."""
+    return train(prepare(config), pool)
+
+
+def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
+    config = run.config
+    torch.set_num_threads(config.num_threads)
+    console.print(f"engine {config.engine.kind}; {config.trainer.arithmetic()}")
+    model = load_pretrained(config.model)
+    learner = Learner(model, config.learner, total_steps=config.trainer.steps * config.trainer.minibatches)
+    engines = pool or build_pool(config.engine, config.model)
+    try:
+        with progress_bar("training", config.trainer.steps) as bar:
+            trainer = GRPOTrainer(
+                config.trainer, learner, engines, PromptSource(run.prompts, config.trainer.seed), run.rubric,
+                decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
+                on_step=lambda step, metrics: bar.advance(console_line(metrics)),
+            )  # fmt: skip
+            if trainer.first_step:
+                bar.advance("resumed", steps=trainer.first_step)
+            trainer.run()
+    finally:
+        if pool is None:
+            engines.close()
+    with replace_folder(run.out / "model") as fresh:
+        write_checkpoint(model, fresh)
+        run.tokenizer.save_pretrained(str(fresh))
+    return run.out / "model"
+
+
+def console_line(metrics: dict[str, float]) -> str:
+    """The few numbers worth watching."""
+    shown: list[tuple[str, str, Callable[[float], str]]] = [
+        ("reward", "reward/mean", lambda x: f"{x:.2f}"),
+        ("thinking", "reward/thinking_length", lambda x: f"{x:.1f}"),
+        ("tokens", "completion/tokens", lambda x: f"{x:.1f}"),
+        ("entropy", "policy/entropy", lambda x: f"{x:.2f}"),
+        ("mismatch", "mismatch/abs_max", lambda x: f"{x:.0e}"),
+        ("tokens/s", "speed/rollout_tokens_per_s", lambda x: f"{x:,.0f}"),
+    ]
+    return "  ".join(f"{title} {write(metrics[name])}" for title, name, write in shown if name in metrics)

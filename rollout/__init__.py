@@ -1,0 +1,1 @@
+"""Sampling: engines, pools, prompts and verified weight sync. Imports models only."""

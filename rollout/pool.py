@@ -1,0 +1,62 @@
+"""Engine pools: several engines behind one interface, here or in Ray actors.
+
+`LocalPool` runs one engine in this process; `RayPool` (ray_pool.py) runs any number, each in its own process. They give
+the same completions for the same seeds, up to float rounding of the engines' batches.
+
+    pool = build_pool(EngineConfig(num_engines=2), "checkpoint_dir")
+    for group in pool.generate(prompts, params): ...
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from rollout.engine import EngineConfig, WeightStream, build_engine
+from rollout.sample import CompletionGroup, Prompt, SamplingParams
+
+
+class EnginePool(Protocol):
+    """What the trainer needs of its engines, wherever they run."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
+        """Groups as they become complete, in no promised order."""
+        ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
+        """Each engine's `Engine.score` of the same sequences."""
+        ...
+
+    def load_weights(self, weights: WeightStream, version: int) -> None:
+        """Gives every engine these weights; returns when all hold them."""
+        ...
+
+    def close(self) -> None:
+        """Stops the engines and the processes they run in."""
+        ...
+
+
+class LocalPool:
+    """One engine in this process."""
+
+    def __init__(self, config: EngineConfig, model: str) -> None:
+        self._engine = build_engine(config, model)
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
+        yield from self._engine.generate(prompts, params)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
+        return [self._engine.score(sequences)]
+
+    def load_weights(self, weights: WeightStream, version: int) -> None:
+        self._engine.load_weights(weights, version)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def build_pool(config: EngineConfig, model: str) -> EnginePool:
+    """Starts the engines of `config` with the checkpoint folder `model`."""
+    if config.transport == "local":
+        return LocalPool(config, model)
+    from rollout.ray_pool import RayPool  # Ray starts processes: only for those who ask
+
+    return RayPool(config, model)
