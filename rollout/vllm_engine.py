@@ -51,6 +51,7 @@ class VLLMEngine:
             weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
             disable_log_stats=True,
             hf_overrides=_config_overrides(model),
+            attention_backend=_attention_backend(config, model),
             seed=0,
         )
         self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -150,6 +151,13 @@ def _config_overrides(model: str) -> dict[str, Any]:
     if torch.cuda.is_available() or rope.rope_type != "default":
         return {}
     return {"rope_parameters": asdict(replace(rope, rope_type="yarn", factor=1.0))}
+
+
+def _attention_backend(config: EngineConfig, model: str) -> str | None:
+    """On CPUs with AMX, vLLM would choose its AMX_MLA kernel, which knows bfloat16 only."""
+    if torch.cuda.is_available() or config.dtype != "float32" or not _has_cpu_mla_size(model):
+        return None
+    return "CPU_MLA"
 
 
 def _has_cpu_mla_size(model: str) -> bool:

@@ -5,6 +5,7 @@ A push that lost a tensor, hit the wrong layer or left a stale copy behind shows
     drift = push_weights(pool, learner.named_weights(), version, probe, learner.score(probe), limit=1e-3)
 """
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -25,8 +26,10 @@ def probe_sequences(prompts: Sequence[Prompt], vocab_size: int, *, max_tokens: i
 
 
 def largest_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
-    """Largest |log-probability difference| over all tokens of all sequences."""
-    return max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
+    """Largest |log-probability difference| over all tokens of all sequences; NaN if any is NaN."""
+    differences = [abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+    # max() alone would keep or lose a NaN depending on where it stands
+    return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
 def push_weights(
@@ -45,7 +48,7 @@ def push_weights(
     worst = 0.0
     for engine, scores in enumerate(pool.score(probe)):
         difference = largest_difference(expected, scores)
-        # `not <=` also catches a NaN, which compares false with everything.
+        # `not <=` and not `>`: a NaN compares false with everything, and must not pass.
         if not difference <= limit:
             raise SyncError(
                 f"after the push of version {version}, engine {engine} scores the probe differently from the learner: "

@@ -45,9 +45,8 @@ def user_file(tmp_path: Path) -> Path:
 def test_registered_names() -> None:
     assert load_reward("math_answer") is math_answer
     assert load_reward("r1_format") is r1_format
-    with pytest.raises(
-        ValueError, match="no reward named 'math'; known: exact_answer, math_answer, r1_format, thinking_length; or write"
-    ):
+    known = "exact_answer, math_answer, r1_format, thinking_length"
+    with pytest.raises(ValueError, match=f"no reward named 'math'; known: {known}; or write"):
         load_reward("math")
 
 
@@ -115,3 +114,10 @@ def test_register_returns_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_reward("mine").score(SAMPLE).value == 0.5
     with pytest.raises(ValueError, match="'mine' is already registered"):
         register(mine)
+
+
+def test_a_weight_in_front_of_the_star() -> None:
+    assert load_reward("0.1*r1_format").weight == 0.1
+    assert load_reward("r1_format").weight == 1.0, "the registered reward itself must not change"
+    with pytest.raises(ValueError, match=r"'ten' before the star is not a number; write e\.g\. 0\.1\*name"):
+        load_reward("ten*r1_format")
