@@ -5,6 +5,7 @@
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
     grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
 
+`--engine native` is short for `--engine.kind native`, `--steps` for `--trainer.steps`.
 Flags beat the config file, the file beats the recipe. Exit status: 0 done, 1 the run failed or did not learn, 2 wrong
 input.
 """
@@ -60,6 +61,21 @@ def _commands() -> dict[str, Command]:
     }
 
 
+_SHORT_FLAGS = {"--engine": "engine.kind", "--steps": "trainer.steps"}
+"""Flags for the two fields that are changed most, where a command has no field of that very name."""
+
+
+def _expand_short_flags(arguments: list[str], names: list[str]) -> list[str]:
+    """`--engine native` -> `--engine.kind native`, wherever in the configuration that field stands."""
+    expanded = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag in _SHORT_FLAGS and flag.removeprefix("--") not in names:
+            flag = next((f"--{name}" for name in names if name.endswith(_SHORT_FLAGS[flag])), flag)
+        expanded.append(flag + equals + value)
+    return expanded
+
+
 def parse(command: Command, arguments: Sequence[str]) -> Any:
     """The configuration that recipe, config file and flags together ask for. Raises ValueError for an unknown key."""
     import tyro
@@ -79,9 +95,11 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
             raise ValueError("--config needs a file")
         default = read_config(command.config, Path(rest[at + 1]), default)
         del rest[at : at + 2]
+    names = _field_names(default)
+    rest = _expand_short_flags(rest, names)
     config, unknown = tyro.cli(command.config, args=rest, default=default, return_unknown_args=True)
     if unknown:
-        flags = [f"--{name.replace('_', '-')}" for name in _field_names(default)]
+        flags = [f"--{name.replace('_', '-')}" for name in names]
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], flags)}")
     return config
 

@@ -22,7 +22,7 @@ class ProgressBar:
         self._done += steps
         self._progress.update(self._task, advance=steps, note=note)
         if not console.is_terminal and (self._done % max(1, self._total // 10) == 0 or self._done == self._total):
-            console.print(f"{self._title} {self._done}/{self._total}  {note}")
+            console.print(f"{self._title} {self._done}/{self._total}  {note}", soft_wrap=True)
 
 
 @contextmanager

@@ -190,7 +190,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     out.mkdir(parents=True, exist_ok=True)
     write_config(config, out / "config.json")
     console.print(f"{len(prompts)} problems of {task.name}, engine {engine.kind}")
-    pool = build_pool(engine, config.model)
+    with console.status("starting the engines"):
+        pool = build_pool(engine, config.model)
     try:
         with progress_bar("evaluating", len(prompts)) as bar:
             result = evaluate(
@@ -203,6 +204,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     console.print(
         f"accuracy {result.accuracy:.1%} (95% interval {result.accuracy_low:.1%} to {result.accuracy_high:.1%}), "
         f"{result.num_problems} problems, {result.truncated:.1%} cut at the token limit, "
-        f"{result.tokens_per_s:,.0f} tokens/s; results in {out}"
+        f"{result.tokens_per_s:,.0f} tokens/s; results in {out}",
+        soft_wrap=True,
     )
     return result

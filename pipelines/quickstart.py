@@ -21,7 +21,7 @@ from pipelines.evaluate import EvalResult, evaluate, write_result
 from pipelines.pretrain import PretrainConfig, run_pretrain
 from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
 from pipelines.recipes import pretrain_ledger, zero_ledger
-from pipelines.report import write_report
+from pipelines.report import table_rows, write_report
 from pipelines.tasks import get_task, ledger
 from pipelines.zero import ZeroConfig, prepare, train
 from rollout.engine import EngineConfig
@@ -78,7 +78,8 @@ def run_quickstart(config: QuickstartConfig) -> int:
     run = prepare(zero)
 
     console.print("[bold]2/4 the base on held-out problems[/bold]")
-    pool = build_pool(zero.engine, zero.model)
+    with console.status("starting the engine"):
+        pool = build_pool(zero.engine, zero.model)
     try:
         before = measure(pool, zero, data["heldout"], out / "before")
         console.print("[bold]3/4 R1-Zero[/bold]")
@@ -195,32 +196,14 @@ def summarise(
 
 
 def show(summary: dict[str, Any]) -> None:
-    def interval(name: str) -> str:
-        low, high = summary[f"accuracy_{name}_low"], summary[f"accuracy_{name}_high"]
-        return f"{summary[f'accuracy_{name}']:.1%} ({low:.1%} to {high:.1%})"
-
-    def pair(title: str, key: str, form: str) -> list[str]:
-        return [title, *(format(summary[f"{key}_{name}"], form) for name in ("before", "after"))]
-
-    rows = [
-        [
-            f"accuracy on {summary['num_heldout']} held-out problems (95% interval)",
-            interval("before"),
-            interval("after"),
-        ],
-        pair("in the right format", "format", ".1%"),
-        pair("thinking, words", "think", ".1f"),
-        pair("completions that write out every step", "full_chain_share", ".1%"),
-        pair("  accuracy of those", "full_chain_accuracy", ".1%"),
-        pair(f"control: thought forbidden (guessing: {summary['guessing_floor']:.0%})", "no_thought_accuracy", ".1%"),
-    ]
-    print_table("R1-Zero in miniature", ("", "before RL", "after RL"), rows)
+    print_table("R1-Zero in miniature", ("", "before RL", "after RL"), table_rows(summary))
     console.print(
         f"rollout {summary['rollout_tokens_per_s']:,.0f} tokens/s ({summary['engine']}), "
         f"learning {summary['learn_tokens_per_s']:,.0f} tokens/s, experts in use {summary['experts_used']:.0%}, "
-        f"{summary['seconds']:.0f} s in all"
+        f"{summary['seconds']:.0f} s in all",
+        soft_wrap=True,
     )
     console.print(
         "The base already writes out its steps now and then; RL, which sees only right or wrong and the form, draws "
-        "that behaviour out and sharpens it. It does not create it."
+        "that behaviour out and sharpens it. It does not create it.",
     )

@@ -75,12 +75,33 @@ def _group_html(record: dict[str, Any]) -> str:
     return f"<h3>step {record['step']}</h3><pre>{escape(record['prompt'])}</pre>{completions}"
 
 
+def table_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, before RL, after RL): the numbers of the summary as a person reads them."""
+
+    def accuracy(name: str) -> str:
+        low, high = summary[f"accuracy_{name}_low"], summary[f"accuracy_{name}_high"]
+        return f"{summary[f'accuracy_{name}']:.1%} ({low:.1%} to {high:.1%})"
+
+    def row(title: str, key: str, form: str) -> tuple[str, str, str]:
+        return title, format(summary[f"{key}_before"], form), format(summary[f"{key}_after"], form)
+
+    return [
+        (
+            f"accuracy on {summary['num_heldout']} held-out problems (95% interval)",
+            accuracy("before"),
+            accuracy("after"),
+        ),
+        row("in the right format", "format", ".1%"),
+        row("thinking, words", "think", ".1f"),
+        row("completions that write out every step", "full_chain_share", ".1%"),
+        row("accuracy of those", "full_chain_accuracy", ".1%"),
+        row(f"control: thought forbidden (guessing: {summary['guessing_floor']:.0%})", "no_thought_accuracy", ".1%"),
+    ]
+
+
 def _table_html(summary: dict[str, Any]) -> str:
-    keys = [key.removesuffix("_before") for key in summary if key.endswith("_before")]
     rows = "".join(
-        f"<tr><td>{escape(key.replace('_', ' '))}</td><td>{summary[f'{key}_before']:.3f}</td>"
-        f"<td>{summary[f'{key}_after']:.3f}</td></tr>"
-        for key in keys
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in table_rows(summary)
     )
     return f"<table><tr><th></th><th>before RL</th><th>after RL</th></tr>{rows}</table>"
 

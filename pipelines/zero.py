@@ -135,10 +135,11 @@ def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
 def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
     config = run.config
     torch.set_num_threads(config.num_threads)
-    console.print(f"engine {config.engine.kind}; {config.trainer.arithmetic()}")
+    console.print(f"engine {config.engine.kind}; {config.trainer.arithmetic()}", soft_wrap=True)
     model = load_pretrained(config.model)
     learner = Learner(model, config.learner, total_steps=config.trainer.steps * config.trainer.minibatches)
-    engines = pool or build_pool(config.engine, config.model)
+    with console.status("starting the engines"):
+        engines = pool or build_pool(config.engine, config.model)
     try:
         with progress_bar("training", config.trainer.steps) as bar:
             trainer = GRPOTrainer(

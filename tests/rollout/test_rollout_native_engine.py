@@ -1,8 +1,8 @@
 """The native engine against transformers and against itself.
 
-Pinned: (1) greedy decoding equals transformers' generate; (2) recorded log-probabilities are those of the whole-sequence
-model at the sampling temperature; (3) sampled frequencies follow the model's distribution; (4) a completion depends on
-its seed, not on its neighbours; (5) stop and length; (6) strict weight loading.
+Pinned: (1) greedy decoding equals transformers' generate; (2) recorded log-probabilities are those of the whole-
+sequence model at the sampling temperature; (3) sampled frequencies follow the model's distribution; (4) a completion
+depends on its seed, not on its neighbours; (5) stop and length; (6) strict weight loading.
 """
 
 import math

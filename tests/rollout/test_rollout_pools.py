@@ -1,7 +1,8 @@
 """Pools, prompt source, probe: the parts of rollout that need no vLLM.
 
 Pinned: (1) two native engines in Ray actors give what one in this process gives, in any order; (2) weights reach every
-Ray engine; (3) a NaN and a single wrong engine fail the probe; (4) prompt batches are stateless, each epoch a permutation.
+Ray engine; (3) a NaN and a single wrong engine fail the probe; (4) prompt batches are stateless, each epoch a
+permutation.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
-"""One real vLLM session in a Ray actor: parity with transformers before and after weight updates, and what a bad sync does.
+"""One real vLLM session in a Ray actor: parity with transformers before and after weight updates, and what a bad sync
+does.
 
 Pinned: (1) sampled log-probabilities equal transformers' within 1e-4 at temperature 1 and 0.7; (2) greedy tokens equal;
 (3) after updates A -> B -> A the engine scores as the model it was given, within 1e-4; (4) a tensor that is missing,
