@@ -37,7 +37,7 @@ def reward_samples(groups: Sequence[CompletionGroup], decode: Decode, step: int)
 
 def score_groups(groups: Sequence[CompletionGroup], rubric: Rubric, decode: Decode, step: int) -> list[list[Score]]:
     """One score per completion, in the groups' order."""
-    return [[rubric.score(sample) for sample in samples] for samples in reward_samples(groups, decode, step)]
+    return rubric.score_groups(reward_samples(groups, decode, step))
 
 
 def build_samples(

@@ -16,7 +16,7 @@ from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.learner import Learner
 from grpo.metrics import MetricsLogger
 from grpo.samples import Decode, build_samples, score_groups
-from rewards import Rubric, Score
+from rewards import Rubric, Score, failure_shares, reward_seconds
 from rollout.pool import EnginePool
 from rollout.prompts import PromptSource
 from rollout.sample import CompletionGroup, FinishReason, SamplingParams
@@ -197,7 +197,7 @@ class _Clock:
 
 
 def batch_metrics(groups: Sequence[CompletionGroup], scores: Sequence[Sequence[Score]]) -> dict[str, float]:
-    """Means over a batch: reward, each reward function's own value and metrics, lengths, finish reasons."""
+    """Means over a batch: reward, each reward function's own value, metrics and failures, lengths, finish reasons."""
     flat = [score for group_scores in scores for score in group_scores]
     completions = [completion for group in groups for completion in group.completions]
     values = [score.value for score in flat if score.value is not None]
@@ -209,6 +209,8 @@ def batch_metrics(groups: Sequence[CompletionGroup], scores: Sequence[Sequence[S
     return {
         **({"reward/mean": sum(values) / len(values)} if values else {}),
         **{name: sum(of_name) / len(of_name) for name, of_name in named.items()},
+        **{f"reward/{name}": share for name, share in failure_shares(flat).items()},
+        **{f"seconds/reward/{name}": seconds for name, seconds in reward_seconds(flat).items()},
         "reward/errors": sum(score.status.is_failure() for score in flat) / len(flat),
         "completion/tokens": sum(len(completion.token_ids) for completion in completions) / len(completions),
         "completion/truncated": truncated / len(completions),

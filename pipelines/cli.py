@@ -4,6 +4,7 @@
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
     grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
+    grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
 
 `--engine native` is short for `--engine.kind native`, `--steps` for `--trainer.steps`.
 Flags beat the config file, the file beats the recipe. Exit status: 0 done, 1 the run failed or did not learn, 2 wrong
@@ -33,6 +34,7 @@ class Command:
     """One subcommand: its configuration class, its recipes, and what runs it."""
 
     config: type
+    """The class of all recipes' configurations."""
     recipes: dict[str, Callable[[], Any]]
     """Name -> whole configuration; the first is the default where no recipe is named."""
     run: Callable[[Any], Any]
@@ -58,7 +60,15 @@ def _commands() -> dict[str, Command]:
             config=ZeroConfig, recipes={"default": lambda: ZeroConfig(model="")} | ZERO_RECIPES, run=run_zero
         ),
         "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),
+        "reward": _reward_command(),
     }
+
+
+def _reward_command() -> Command:
+    """Apart from the others, because it needs no torch."""
+    from pipelines.reward_command import REWARD_ACTIONS, RewardAction, run_reward
+
+    return Command(config=RewardAction, recipes=dict(REWARD_ACTIONS), run=run_reward)
 
 
 _SHORT_FLAGS = {"--engine": "engine.kind", "--steps": "trainer.steps"}
@@ -93,11 +103,11 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
         at = rest.index("--config")
         if at + 1 == len(rest):
             raise ValueError("--config needs a file")
-        default = read_config(command.config, Path(rest[at + 1]), default)
+        default = read_config(type(default), Path(rest[at + 1]), default)
         del rest[at : at + 2]
     names = _field_names(default)
     rest = _expand_short_flags(rest, names)
-    config, unknown = tyro.cli(command.config, args=rest, default=default, return_unknown_args=True)
+    config, unknown = tyro.cli(type(default), args=rest, default=default, return_unknown_args=True)
     if unknown:
         flags = [f"--{name.replace('_', '-')}" for name in names]
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], flags)}")
@@ -119,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else 2
-    commands = _commands()
+    commands = {"reward": _reward_command()} if arguments[0] == "reward" else _commands()
     if arguments[0] not in commands:
         print(f"grpo: error: unknown command {arguments[0]!r}; known: {', '.join(commands)}", file=sys.stderr)
         return 2

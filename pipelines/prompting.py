@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pipelines.data import NumberedRow, load_rows
 from pipelines.tasks import Task
 from pipelines.templates import get_template
-from rewards import Rubric, load_reward
+from rewards import Rubric, load_rubric
 from rollout.sample import Prompt
 
 
@@ -81,4 +81,4 @@ def build_prompts(
 
 def build_rubric(specs: Sequence[str], task: Task) -> Rubric:
     """The rewards named by the user, or the task's own."""
-    return Rubric([load_reward(spec) for spec in specs or task.rewards])
+    return load_rubric(specs or task.rewards)

@@ -1,113 +1,47 @@
-r"""Comparing a final answer with the gold answer: as text, then as exact rational numbers.
+r"""Rewards for answers to mathematical questions: find the final answer, compare it with the row's gold answer.
 
-This file is not an algebra system: it never evaluates text (no eval, no sympy). Its work is bounded: what is longer
-than 64 characters or has an exponent beyond 300 is no number here.
+Extraction is in extract.py, comparison in math_compare.py, every convention in docs/math_answers.md. This file joins
+them into reward functions and says in each `Score` what was extracted, how, and why it was right or wrong.
 
 Usage: `math_answer.score(Sample(prompt=..., completion=r"\boxed{42}", row={"answer": "... #### 42"})).value == 1.0`.
 
-Covered: integers, decimals, thousands separators (`1,234`, `1{,}234`, `1,\!234`, `1\,234`), `a/b`, `\frac{a}{b}`,
-`\dfrac`, `\tfrac`, `\frac12`, `1.5e3`; a sign, a dollar sign before or behind, one trailing period, math delimiters or
-`\text{}` around the whole; one unit behind: `%`, percent, pct, dollars, degrees, `^\circ`. No other unit is dropped.
-Not covered, so compared as text only: roots, pi and other expressions, mixed numbers (`7 3/4`), `3 \times 10^5`,
-tuples, sets, intervals, other units (`35 cm`), decimal commas, non-ASCII digits.
-
-Policy:
-- Numbers compare exactly: 0.5 = 1/2 = 0.50, but 0.333 is not 1/3 and 3.14 is not 3.1416. Nothing is rounded.
-- A percentage is its value: 50% = 0.5. It also equals the bare number 50, because questions that ask for a percentage
-  have gold answers of both kinds; `answers_equal` says "percent_sign" then. Two bare numbers never differ by 100.
-- Text compares case-sensitively, after removing what does not change the meaning (`normalise_answer`).
+Covered: any completion and any gold text, in bounded time and memory, in any thread; nothing is evaluated as code.
+Not covered: proofs, integrals and limits left unevaluated, answers of more than 2,000 characters.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from rewards.base import RewardFunction, Sample, Score, reward
-from rewards.extract import CLOSED_METHODS, DEFAULT_METHODS, extract_answer
+from rewards.extract import CLOSED_METHODS, DEFAULT_METHODS, Extraction, extract_answer, own_turn
+from rewards.math_choice import is_time
+from rewards.math_compare import compare
+from rewards.math_nodes import Refused
+from rewards.math_number import parse_number, read_number
+from rewards.math_parser import parse
+from rewards.math_scalars import LENIENT, STRICT, MathPolicy
+from rewards.math_text import has_control_characters, normalise_answer, words
+
+__all__ = [
+    "CompareAnswers",
+    "answer_reward",
+    "answers_equal",
+    "exact_answer",
+    "gold_answer",
+    "math_answer",
+    "normalise_answer",
+    "parse_number",
+    "strict_math_answer",
+    "texts_equal",
+]
 
 CompareAnswers = Callable[[str, str], tuple[bool, str]]
 
-_MAX_NUMBER_CHARS = 64
-_MAX_EXPONENT = 300
-_MAX_GOLD_CHARS = 200
+_MAX_GOLD_CHARS = 280
 _MAX_LOGGED_CHARS = 200
-
-_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|boxed|fbox)\{([^{}]*)\}")
-_DIGITS = r"(?:[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\\,)[0-9]{3})+|[0-9]+)"
-_SIMPLE = r"[-+]?[0-9]+(?:\.[0-9]+)?"
-_NUMBER = re.compile(
-    rf"""
-    (?:\\?\$\s*)? (?P<sign>[-+]?) \s* (?:\\?\$\s*)?
-    (?: (?P<decimal>{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+) (?:[eE](?P<exponent>[-+]?[0-9]+))?
-      | (?P<over>{_DIGITS}) \s*/\s* (?P<under>{_DIGITS})
-      | \\[dt]?frac \s* (?:\{{\s*(?P<top>{_SIMPLE})\s*\}}|(?P<top_digit>[0-9]))
-                    \s* (?:\{{\s*(?P<bottom>{_SIMPLE})\s*\}}|(?P<bottom_digit>[0-9]))
-    )
-    \s* (?: (?P<percent>\\?%|percent|pct) | \\?\$ | dollars? | degrees? | \^\\circ | \^\{{\\circ\}} )?
-    """,
-    re.VERBOSE,
-)
-
-
-def parse_number(text: str) -> Fraction | None:
-    """Read `text` as one number, 50% as 1/2; None where it is not one of the forms this module covers."""
-    number = _read_number(text)
-    return None if number is None else number[0]
-
-
-def _read_number(text: str) -> tuple[Fraction, bool] | None:
-    """Return the exact value, and whether a percent sign scaled it by 1/100."""
-    if len(text) > _MAX_NUMBER_CHARS:
-        return None
-    match = _NUMBER.fullmatch(_strip_marks(text))
-    if match is None:
-        return None
-    value = _fraction(match)
-    if value is None:
-        return None
-    if match["sign"] == "-":
-        value = -value
-    is_percent = match["percent"] is not None
-    return (value / 100 if is_percent else value), is_percent
-
-
-def _fraction(match: re.Match[str]) -> Fraction | None:
-    """Turn a match of `_NUMBER` into its unsigned value; None for a zero denominator or a huge exponent."""
-    if match["decimal"]:
-        exponent = int(match["exponent"] or "0")
-        if abs(exponent) > _MAX_EXPONENT:
-            return None
-        return _exact(match["decimal"]) * Fraction(10) ** exponent
-    top = _exact(match["over"] or match["top"] or match["top_digit"])
-    bottom = _exact(match["under"] or match["bottom"] or match["bottom_digit"])
-    return None if bottom == 0 else top / bottom
-
-
-def _exact(digits: str) -> Fraction:
-    return Fraction(re.sub(r"[^-0-9.]", "", digits))
-
-
-def _strip_marks(text: str) -> str:
-    """Remove what may surround an answer (see the module docstring), and write the Unicode minus in ASCII."""
-    text = text.strip().removesuffix(".").rstrip().replace("\u2212", "-")
-    for left, right in _DELIMITERS:
-        if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right):
-            text = text[len(left) : -len(right)].strip()
-            break
-    wrapped = _TEXT_COMMAND.fullmatch(text)
-    return wrapped[1].strip() if wrapped else text
-
-
-def normalise_answer(text: str) -> str:
-    r"""Write equal texts equally: without math delimiters or `\text{}` around the whole, a trailing period, sizing and
-    spacing commands, and spaces except between two letters or digits (`1 2` is not `12`)."""
-    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\!", "", _strip_marks(text))
-    text = re.sub(r"\\[,;: ]", " ", text)
-    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).replace("{,}", ",")
-    return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(text.split()))
+STRICT_METHODS = ("boxed",)
 
 
 def texts_equal(gold: str, predicted: str) -> tuple[bool, str]:
@@ -116,38 +50,54 @@ def texts_equal(gold: str, predicted: str) -> tuple[bool, str]:
     return equal, "string" if equal else "different"
 
 
-def answers_equal(gold: str, predicted: str) -> tuple[bool, str]:
-    """Compare as text, then as numbers; return the verdict and "string", "number", "percent_sign" or "different"."""
-    if texts_equal(gold, predicted)[0]:
-        return True, "string"
-    gold_number, predicted_number = _read_number(gold), _read_number(predicted)
-    if gold_number is None or predicted_number is None:
-        return False, "different"
-    (gold_value, gold_percent), (value, percent) = gold_number, predicted_number
-    if gold_value == value:
-        return True, "number"
-    if gold_percent != percent and gold_value == (value / 100 if gold_percent else value * 100):
-        return True, "percent_sign"
-    return False, "different"
+def answers_equal(gold: str, predicted: str, policy: MathPolicy = STRICT) -> tuple[bool, str]:
+    """Compare as answers; return the verdict and the reason, see `math_compare.compare`."""
+    verdict = compare(gold, predicted, policy)
+    return verdict.equal, verdict.reason
+
+
+lenient_answers_equal = partial(answers_equal, policy=LENIENT)
+
+
+@lru_cache(maxsize=4096)
+def read_gold(text: str) -> tuple[str | None, str]:
+    """The bare answer in a gold text: what follows the last `####`, else the last box, else the whole.
+
+    None and a reason where that is no usable gold: without a letter or digit, not finite, too long, or not an answer
+    that can be read: such rows say nothing about a completion.
+    """
+    bare = text.rpartition("####")[2].strip()
+    if "boxed" in bare or "fbox" in bare:
+        bare = extract_answer(bare, ("boxed",)).answer or bare
+    if len(bare) > _MAX_GOLD_CHARS:
+        return None, f"the gold answer has {len(bare)} characters, more than {_MAX_GOLD_CHARS}; give the bare answer"
+    if not any(map(str.isalnum, bare)) or bare.lower() in ("nan", "inf", "-inf"):
+        return None, f"the gold answer has no letter or digit, or is not finite: {bare!r}"
+    if has_control_characters(bare):
+        return None, f"the gold answer has control characters: {bare!r}"
+    if (
+        read_number(bare) is None
+        and isinstance(why := parse(bare, True, frozenset()), Refused)
+        and not (_is_prose(bare) or is_time(bare))
+    ):
+        return None, f"the gold answer cannot be read: {bare!r}: {why}"
+    return bare, ""
+
+
+def _is_prose(text: str) -> bool:
+    """Whether a text is made of words, perhaps with some mathematics: compared as words."""
+    plain = words(re.sub(r"\\(?!text|mbox|mathrm)[A-Za-z]+", " ", text))
+    return sum(map(len, (word for word in plain.split() if word.isalpha() and len(word) > 1))) * 2 >= len(plain)
 
 
 def gold_answer(row: Mapping[str, Any]) -> tuple[str | None, str]:
-    """Read the gold answer of a data set row: what follows the last `####` if there is one, else the whole.
-
-    Returns None and a reason where there is no usable gold: not in the row, neither text nor a finite number, without a
-    letter or digit, or so long that it is a worked solution rather than an answer.
-    """
+    """Read the gold answer of a data set row, see `read_gold`; None and a reason where there is none."""
     if "answer" not in row:
         return None, f"the row has no 'answer'; its columns: {', '.join(map(str, row)) or 'none'}"
     answer = row["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return None, f"the gold answer must be a string or a number, got {type(answer).__name__}"
-    text = str(answer).rpartition("####")[2].strip()
-    if len(text) > _MAX_GOLD_CHARS:
-        return None, f"the gold answer has {len(text)} characters, more than {_MAX_GOLD_CHARS}; give the bare answer"
-    if not any(map(str.isalnum, text)) or text.lower() in ("nan", "inf", "-inf"):
-        return None, f"the gold answer has no letter or digit, or is not finite: {text!r}"
-    return text, ""
+    return read_gold(str(answer))
 
 
 def answer_reward(
@@ -155,26 +105,31 @@ def answer_reward(
     name: str,
     methods: Sequence[str] = DEFAULT_METHODS,
     equal: CompareAnswers = answers_equal,
+    one_answer: bool = False,
     weight: float = 1.0,
 ) -> RewardFunction:
     """Make a reward that is 1 where the answer found by `methods` is `equal` to the row's gold answer, else 0.
 
+    With `one_answer`, all boxes of the answer must hold the same answer: hedging scores 0.
     None depends on the row alone (no usable gold), never on the completion: a wrong answer cannot leave the average.
     A completion that did not stop by itself counts only with a closed answer, and not inside unfinished thinking.
     """
     extract_answer("", methods)  # refuses unknown methods now, not at the first sample
-    return reward(name=name, weight=weight)(partial(_score_answer, methods=methods, equal=equal))
+    scored = partial(_score_answer, methods=methods, equal=equal, one_answer=one_answer)
+    return reward(name=name, weight=weight)(scored)
 
 
-def _score_answer(sample: Sample, methods: Sequence[str], equal: CompareAnswers) -> Score:
+def _score_answer(sample: Sample, methods: Sequence[str], equal: CompareAnswers, one_answer: bool) -> Score:
     gold, problem = gold_answer(sample.row)
     if gold is None:
         return Score(value=None, info={"reason": problem})
-    found = extract_answer(sample.answer_part, _usable_methods(sample, methods))
-    if found.answer is not None:
-        correct, reason = equal(gold, found.answer)
-    else:
+    found = extract_answer(own_turn(sample.answer_part), _usable_methods(sample, methods))
+    if found.answer is None:
         correct, reason = False, f"no answer found (finish_reason {sample.finish_reason})"
+    elif one_answer and (other := _other_answer(found, equal)):
+        correct, reason = False, f"more than one answer: {other[:_MAX_LOGGED_CHARS]}"
+    else:
+        correct, reason = equal(gold, found.answer)
     return Score(
         value=float(correct),
         metrics={"answered": float(found.answer is not None)},
@@ -185,6 +140,15 @@ def _score_answer(sample: Sample, methods: Sequence[str], equal: CompareAnswers)
             "gold": gold,
         },
     )
+
+
+def _other_answer(found: Extraction, equal: CompareAnswers) -> str | None:
+    """A box that holds another answer than the last one."""
+    distinct = dict.fromkeys(found.boxes)
+    if len(distinct) > 8:
+        return ", ".join(distinct)
+    *others, last = distinct or ("",)
+    return next((other for other in others if not equal(last, other)[0]), None)
 
 
 def _usable_methods(sample: Sample, methods: Sequence[str]) -> Sequence[str]:
@@ -199,3 +163,4 @@ def _usable_methods(sample: Sample, methods: Sequence[str]) -> Sequence[str]:
 
 math_answer = answer_reward(name="math_answer")
 exact_answer = answer_reward(name="exact_answer", equal=texts_equal)
+strict_math_answer = answer_reward(name="strict_math_answer", methods=STRICT_METHODS, one_answer=True)

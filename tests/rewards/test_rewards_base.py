@@ -1,9 +1,8 @@
-"""Pins the contract of samples, scores, rewards and rubrics.
+"""Pins the contract of samples, scores and rewards. How calls are made: test_rewards_call.py.
 
 1. A reward returns float, int, bool, None or Score; anything else, NaN and inf are refused and named.
 2. A failing reward is data (status ERROR, the traceback in info), except with on_error="raise".
-3. A rubric sums weight * value over what applies; None only where nothing with a weight applies.
-4. Wrong set-ups (names, weights, signatures, empty lists) fail when they are made, not at the first sample.
+3. Wrong set-ups (names, weights, signatures, empty lists) fail when they are made, not at the first sample.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards import RewardFunction, Rubric, Sample, Score, ScoreStatus, as_reward, reward
+from rewards import RewardFunction, Sample, Score, ScoreStatus, as_reward, reward
 
 SAMPLE = Sample(prompt="1+1?", completion="2", row={"answer": "2"}, group_id="p7", index=3, step=11)
 
@@ -147,77 +146,20 @@ def test_wrong_settings_are_refused(kwargs: dict) -> None:
         reward(**kwargs)(broken)
 
 
-async def later(sample: Sample) -> float:
-    return 1.0
-
-
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda: 1.0, r"must take one argument, the Sample; its signature is \(\)"),
-        (lambda prompts, completions: 1.0, r"its signature is \(prompts, completions\)"),
-        (later, "'later' is async"),
-        (Score, "must be a function of one Sample"),
-        (3, "must be a function of one Sample, got 3"),
+        (lambda: 1.0, r"takes nothing of the sample; its signature is \(\); name a parameter 'sample', 'prompt'"),
+        (lambda *args: 1.0, "takes nothing of the sample"),
+        (lambda samples: 1.0, "takes 'samples', but without batch=True or group=True it takes 'sample'"),
+        (lambda a, b, /: 1.0, "positional-only parameters"),
+        (Score, "must be a function, got <class"),
+        (3, "must be a function, got 3"),
     ],
 )
 def test_wrong_functions_are_refused(function: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         as_reward(function)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("parts", "value"),
-    [
-        ([(1.0, 1.0), (0.5, 0.2)], 1.1),
-        ([(1.0, 1.0), (None, 5.0)], 1.0),
-        ([(None, 1.0), (None, 1.0)], None),
-        ([(None, 1.0), (7.0, 0.0)], None),
-        ([(1.0, 1.0), (7.0, 0.0)], 1.0),
-        ([(0.0, 1.0)], 0.0),
-        ([(1.0, 1.0), (1.0, -0.5)], 0.5),
-    ],
-)
-def test_rubric_value(parts: list, value: float | None) -> None:
-    rubric = Rubric([fixed(part, name=f"r{i}", weight=weight) for i, (part, weight) in enumerate(parts)])
-    score = rubric.score(SAMPLE)
-    assert score.value == (value if value is None else pytest.approx(value, abs=1e-12))
-    present = {f"r{i}": part for i, (part, _) in enumerate(parts) if part is not None}
-    assert score.metrics == present  # None leaves the averages, weight 0 does not
-
-
-def test_rubric_keeps_metrics_info_and_time_apart() -> None:
-    rubric = Rubric(
-        [
-            fixed(Score(value=1.0, metrics={"words": 3}, info={"extracted": "42"}), name="math"),
-            fixed(Score(value=None, metrics={"words": 9}), name="judge"),
-        ]
-    )
-    score = rubric.score(SAMPLE)
-    assert score.metrics == {"math": 1.0, "math/words": 3.0, "judge/words": 9.0}
-    assert score.info == {"math": {"extracted": "42"}, "judge": {}}
-    assert score.status is ScoreStatus.OK
-    assert score.seconds > 0
-
-
-def test_rubric_with_a_failing_part() -> None:
-    score = Rubric([fixed(1.0), broken]).score(SAMPLE)
-    assert (score.value, score.status) == (None, ScoreStatus.ERROR), "what is left must not pass for the whole reward"
-    metric_only = reward(weight=0.0, name="broken")(broken)
-    score = Rubric([fixed(1.0), metric_only]).score(SAMPLE)
-    assert (score.value, score.status) == (1.0, ScoreStatus.ERROR)
-    assert "KeyError" in score.info["broken"]["error"]
-    assert "broken" not in score.metrics
-    timed_out = fixed(Score(value=None, status=ScoreStatus.TIMEOUT), name="slow")
-    assert Rubric([timed_out, fixed(1.0)]).score(SAMPLE).status is ScoreStatus.TIMEOUT
-    assert Rubric([timed_out, broken]).score(SAMPLE).status is ScoreStatus.ERROR
-
-
-def test_rubric_refuses_empty_lists_and_equal_names() -> None:
-    with pytest.raises(ValueError, match="at least one reward"):
-        Rubric([])
-    with pytest.raises(ValueError, match="unique names, got fixed twice"):
-        Rubric([fixed(1), fixed(2), fixed(3, name="other")])
 
 
 def test_package_imports_only_the_standard_library() -> None:

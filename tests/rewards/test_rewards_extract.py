@@ -5,8 +5,8 @@ Hedging (answers side by side) gives a list, nested boxes give the inner one, an
 
 import pytest
 
-from rewards import Extraction, extract_answer
-from rewards.extract import EXTRACTORS
+from rewards import extract_answer
+from rewards.extract import EXTRACTORS, own_turn
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,25 @@ from rewards.extract import EXTRACTORS
         ("answer_line", "the answer is not 41 but 42", "not 41 but 42"),
         ("answer_line", "the answers are 1 and 2", None),
         ("answer_line", "answer:", None),
+        ("boxed", r"\boxed{1} papers and \boxed{2} bins", "1, 2"),
+        ("boxed", r"\boxed{1} and then \boxed{2}", "2"),
+        ("boxed", r"\boxed{1}. And now \boxed{2}.", "2"),
+        ("boxed", r"\(y_1 = \boxed{1}\) and \( y_2 = \boxed{2}\)", "1, 2"),
+        ("answer_line", "Final Answer: The largest $n$ is 34.", "34."),
+        ("answer_line", "Final Answer: she started 3 hours ago. I hope so.", "3"),
+        ("answer_line", "The correct option is C.", "C."),
+        ("last_math", r"Hence $x \geq 5$ is the solution.", r"x \geq 5"),
+        ("last_math", "Answer \\[ \n 9 \n \\]", "9"),
+        ("last_math", "Answer $ \n 9 \n $", None),
+        ("last_math", "With $x = 1$ there are 12 of them.", None),
+        ("last_math", r"It costs \$5.", None),
+        ("whole", r"\frac{10}{9}", r"\frac{10}{9}"),
+        ("whole", "x = 3 or y", "x = 3 or y"),
+        ("whole", "about 5", None),
+        ("whole", "one\ntwo", None),
+        ("whole", r"\boxed{42", None),
+        ("last_number", "x = 10 is impossible, so there is no solution.", None),
+        ("last_number", "Answer $ \n 9 \n $", None),
         ("last_number", "first 41 and then 42.", "42"),
         ("last_number", "it costs $1,234.50!", "1,234.50"),
         ("last_number", "6*7=42 apples", "42"),
@@ -74,8 +93,8 @@ from rewards.extract import EXTRACTORS
     ],
 )
 def test_one_method(method: str, text: str, answer: str | None) -> None:
-    expected = Extraction(answer=answer, method="none" if answer is None else method)
-    assert extract_answer(text, [method]) == expected
+    found = extract_answer(text, [method])
+    assert (found.answer, found.method) == (answer, "none" if answer is None else method)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +113,35 @@ def test_default_order(text: str, method: str) -> None:
     assert extract_answer(text).method == method
 
 
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        (r"\boxed{1}, no, \boxed{2}", ("1", "2")),
+        (r"\boxed{x = \boxed{5}}", ("5",)),
+        (r"<answer>\boxed{5}</answer>", ("5",)),
+        ("#### 5", ()),
+    ],
+)
+def test_all_boxes_are_recorded(text: str, boxes: tuple[str, ...]) -> None:
+    assert extract_answer(text).boxes == boxes
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("42<|im_end|>", "42"),
+        ("42</s> 43", "42"),
+        ("<|im_start|>assistant\n42<|im_end|>\n<|im_start|>user\n43", "42"),
+        ("<|endoftext|>42", "<|endoftext|>42"),
+        ("a < b", "a < b"),
+    ],
+)
+def test_own_turn(text: str, kept: str) -> None:
+    assert own_turn(text) == kept
+
+
 def test_unknown_method_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'box'; known: answer_tag, boxed, hash, answer_line, last_number"):
+    with pytest.raises(ValueError, match=r"'box'; known: answer_tag, boxed, .*, whole, last_number"):
         extract_answer("42", ["boxed", "box"])
 
 
@@ -121,6 +167,11 @@ HOSTILE_PIECES = [
     ",",
     "$",
     "or ",
+    "\\[",
+    "\\(",
+    "$$ ",
+    "is a ",
+    "x. ",
     " ",
     "\n",
     "\x00",

@@ -1,23 +1,17 @@
-"""Tables of (gold, answer, verdict) for the numeric grader: forms of a number, near misses, and attacks.
+"""The math reward from completion to `Score`: forms of a plain number, extraction, strict mode, golds without a score.
 
-Also pinned: no usable gold gives None whatever the completion says, and each gold of real data scores 1 against itself.
+Also pinned: no usable gold gives None whatever the completion says. What equals what: test_rewards_math_compare.py.
 """
 
-import gzip
-import json
 import pickle
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards import Sample, Score, ScoreStatus, answer_reward, answers_equal, exact_answer, math_answer, parse_number
-from rewards.extract import DEFAULT_METHODS
-from rewards.math_answer import normalise_answer
-
-DATA = Path(__file__).parents[3] / "shared" / "data"
+from rewards.math_answer import strict_math_answer
 
 
 @pytest.mark.parametrize(
@@ -58,6 +52,9 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
         ("42 dollars", Fraction(42)),
         ("1 dollar", Fraction(1)),
         (r"90^\circ", Fraction(90)),
+        ("5..", Fraction(5)),
+        ("\uff14\uff12", Fraction(42)),
+        ("\u00bd", Fraction(1, 2)),
         ("90 degrees", Fraction(90)),
     ],
 )
@@ -86,7 +83,7 @@ NOT_NUMBERS = [
     "1,2345",
     "1, 234",
     "1.2.3",
-    "5..",
+    "5/",
     "--5",
     "1/0",
     r"\frac{1}{0}",
@@ -106,8 +103,6 @@ NOT_NUMBERS = [
     "9^{9^{9}}",
     "2+2",
     "\u0664\u0662",
-    "\uff14\uff12",
-    "\u00bd",
     "\u00b2",
     "__import__('os')",
 ]
@@ -118,55 +113,10 @@ def test_not_numbers(text: str) -> None:
     assert parse_number(text) is None
 
 
-@pytest.mark.parametrize(
-    ("gold", "answer", "how"),
-    [
-        ("42", " $42$. ", "string"),
-        ("14916", "14,916", "number"),
-        ("5", "5.0", "number"),
-        ("0.75", r"\frac{3}{4}", "number"),
-        ("016", "16", "number"),
-        (r"28\%", "28 percent", "number"),
-        ("0.5", "50%", "number"),
-        ("50", "50%", "percent_sign"),
-        (r"28\%", "28", "percent_sign"),
-        ("(1,2)", "( 1, 2 )", "string"),
-        ("x^2", "$$ x^2 $$.", "string"),
-        (r"\text{Evelyn}", "Evelyn", "string"),
-        (r"\dfrac{x}{2}", r"\frac{x}{2}", "string"),
-        (r"\left( 1, 2 \right)", "(1,2)", "string"),
-        ("9" * 80, "9" * 80, "string"),
-        ("42", "-42", "different"),
-        ("42", "43", "different"),
-        ("42", "42 or 43", "different"),
-        ("42", "41, 42", "different"),
-        ("12", "1 2", "different"),
-        ("21/4", r"7\frac34", "different"),
-        ("1/3", "0.333333333", "different"),
-        ("3.14159", "3.14", "different"),
-        ("0.05", "5", "different"),
-        ("5", "0.05", "different"),
-        ("5", "500%x", "different"),
-        ("5000", "50%", "different"),
-        ("10000", "10001", "different"),
-        ("0.0000001", "0.0000002", "different"),
-        ("12345678901234567890", "12345678901234567891", "different"),
-        ("8", r"8 \text{ apples and } 3 \text{ oranges}", "different"),
-        ("1000", "1_000", "different"),
-        ("1", "1e999999999", "different"),
-        ("inf", "1e301", "different"),
-        ("A", "a", "different"),
-        ("42", "", "different"),
-    ],
-)
-def test_answers_equal(gold: str, answer: str, how: str) -> None:
-    assert answers_equal(gold, answer) == (how != "different", how)
-
-
 @given(st.text(alphabet="0123456789.,-+/$%e {}\\fracdt()\u2212", max_size=80))
 def test_any_text_is_read_without_an_exception_and_equals_itself(text: str) -> None:
     parse_number(text)
-    assert answers_equal(text, text) == (True, "string")
+    assert answers_equal(text, text) == ((True, "string") if text.strip() else (False, "empty"))
 
 
 @given(st.integers(min_value=-(10**20), max_value=10**20), st.integers(min_value=1, max_value=10**6))
@@ -197,7 +147,7 @@ def score(completion: str, answer: object, prompt: str = "", finish_reason: str 
         ("<answer>42</answer> or <answer>43</answer>", (0.0, "answer_tag", "different")),
         (r"\boxed{40}, \boxed{41}, \boxed{42}", (0.0, "boxed", "different")),
         ("<answer>41</answer> 42", (0.0, "answer_tag", "different")),
-        ("<answer>__import__('os').system('true')</answer>", (0.0, "answer_tag", "different")),
+        ("<answer>__import__('os').system('true')</answer>", (0.0, "answer_tag", "not read: unexpected character '.'")),
         ("", (0.0, "none", "no answer found (finish_reason stop)")),
     ],
 )
@@ -250,7 +200,12 @@ def test_truncated_completions_need_a_closed_answer(prompt: str, completion: str
 
 def test_info_and_metrics_for_the_log() -> None:
     found = score(f"<answer>{'4' * 5000}</answer>", "42")
-    assert found.info == {"extracted": "4" * 200, "method": "answer_tag", "reason": "different", "gold": "42"}
+    assert found.info == {
+        "extracted": "4" * 200,
+        "method": "answer_tag",
+        "reason": "too long, or control characters",
+        "gold": "42",
+    }
     assert found.metrics == {"answered": 1.0}
     assert score("?", "42").metrics == {"answered": 0.0}
 
@@ -267,47 +222,27 @@ def test_answer_reward_settings() -> None:
     assert pickle.loads(pickle.dumps(math_answer)).score(Sample(prompt="", completion="42", row=row)).value == 1.0
 
 
-def test_hostile_answers_cost_linear_time() -> None:
-    for piece in ["{", "\\", " ", "a ", "$", ".", "9", "\\left", "\\text{", "1,"]:
-        text = piece * (200_000 // len(piece))
-        normalise_answer(text)
-        assert answers_equal("42", text) == (False, "different")
+@pytest.mark.parametrize(
+    ("completion", "value", "reason"),
+    [
+        (r"so \boxed{42}", 1.0, "string"),
+        (r"\boxed{42} ... \boxed{42.0}", 1.0, "number"),
+        (r"\boxed{41} no wait \boxed{42}", 0.0, "more than one answer: 41"),
+        (r"\boxed{41} or \boxed{42}", 0.0, "more than one answer: 41"),
+        (r"<think>\boxed{41}</think> \boxed{42}", 1.0, "string"),
+        ("The answer is 42.", 0.0, "no answer found (finish_reason stop)"),
+        (" ".join(rf"\boxed{{{n}}}" for n in range(50)), 0.0, None),
+    ],
+)
+def test_strict_mode_asks_for_one_boxed_answer(completion: str, value: float, reason: str | None) -> None:
+    result = strict_math_answer.score(Sample(prompt="", completion=completion, row={"answer": "42"}))
+    assert result.value == value
+    assert reason is None or result.info["reason"] == reason
 
 
-def rows(*names: str) -> list[dict]:
-    """Read `.jsonl` or `.jsonl.gz` files of the shared data folder, or skip where it is absent."""
-    if not DATA.is_dir():
-        pytest.skip(f"no data folder at {DATA}")
-    contents = [(DATA / name).read_bytes() for name in names]
-    texts = [
-        gzip.decompress(data) if name.endswith(".gz") else data for name, data in zip(names, contents, strict=True)
-    ]
-    return [json.loads(line) for text in texts for line in text.splitlines()]
-
-
-def test_every_gsm8k_gold_scores_one_against_itself() -> None:
-    data = rows("gsm8k/train.jsonl.gz", "gsm8k/test.jsonl.gz")
-    assert len(data) == 7473 + 1319
-    for row in data:
-        gold = row["answer"].rpartition("####")[2].strip()
-        assert parse_number(gold) is not None, gold
-        sample = Sample(prompt=row["question"], completion=f"<think></think> <answer>{gold}</answer>", row=row)
-        assert math_answer.score(sample).value == 1.0, gold
-
-
-def test_every_math_gold_scores_one_against_itself() -> None:
-    for row in rows("math/train.jsonl.gz", "math/test.jsonl.gz"):
-        value = score(rf"Hence $\boxed{{{row['answer']}}}$.", row["answer"]).value
-        assert value == (1.0 if row["answer"] else None), row["answer"]  # two rows have an empty box as gold
-
-
-def test_no_false_positive_on_the_public_math_pairs() -> None:
-    marked = answer_reward(name="marked", methods=DEFAULT_METHODS[:-1])  # last_number guesses, so it is left out
-    wrong = [pair for pair in rows("math_pairs_dev.jsonl") if not pair["expect"]]
-    assert len(wrong) > 90
-    for pair in wrong:
-        if pair["kind"] == "completion":
-            sample = Sample(prompt="", completion=pair["pred"], row={"answer": pair["gold"]})
-            assert not marked.score(sample).value, pair
-        else:
-            assert not answers_equal(pair["gold"], pair["pred"])[0], pair
+@pytest.mark.parametrize("answer", [r"\frac{1}{", r"\int_0^1 x", "x = ", "((1)"])
+def test_unreadable_gold_is_none_and_says_why(answer: str) -> None:
+    for completion in ("", rf"\boxed{{{answer}}}"):
+        result = score(completion, answer)
+        assert result.value is None
+        assert result.info["reason"].startswith("the gold answer cannot be read")
