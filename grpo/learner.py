@@ -18,6 +18,7 @@ from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
 from grpo.mismatch import MismatchMeter
 from grpo.schedule import Decay, learning_rate
 from models import DeepseekV3ForCausalLM, SequenceLayout, hf_tensors
+from models.balance import load_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,18 +175,3 @@ class _Meters:
 
     def report(self) -> dict[str, float]:
         return self._sums | self.mismatch.report() | load_metrics(self._expert_counts)
-
-
-def load_metrics(counts_LE: dict[int, Tensor]) -> dict[str, float]:
-    """How evenly the experts of all layers are used, from the slots routed to each.
-
-    `max_violation` is the largest load over the mean load, minus 1 (arXiv:2408.15664); `experts_used` is the share of
-    experts with at least a tenth of the mean load.
-    """
-    if not counts_LE:
-        return {}
-    load_LE = torch.stack([counts_E / counts_E.sum() * len(counts_E) for counts_E in counts_LE.values()])
-    return {
-        "moe/max_violation": load_LE.max().item() - 1,
-        "moe/experts_used": (load_LE > 0.1).float().mean().item(),
-    }

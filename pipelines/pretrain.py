@@ -15,12 +15,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo.batch import TrainingSample, pack
-from grpo.learner import load_metrics
 from grpo.logprobs import token_logprobs
 from grpo.schedule import learning_rate
 from models import DeepseekV3ForCausalLM
+from models.balance import load_metrics, update_correction_bias
 from models.checkpoint import replace_folder, write_checkpoint
-from models.moe import update_correction_bias
 from pipelines.architectures import architecture
 from pipelines.config import write_config
 from pipelines.console import console, progress_bar
