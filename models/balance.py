@@ -26,8 +26,8 @@ def update_correction_bias(router: Router, counts_E: Tensor, speed: float) -> No
 def sequence_balance_loss(routing: Routing, layout: SequenceLayout) -> Tensor:
     """Sequence-wise balance loss of DeepSeek-V3 (arXiv:2412.19437 eq. 17 to 20), without its factor alpha.
 
-    Per sequence sum_e f_e P_e, with f_e = E / (K T) * (tokens that chose e) and P_e the mean of the scores normalised per
-    token; the mean over sequences. 1 under perfect balance. f carries no gradient.
+    Per sequence sum_e f_e P_e, with f_e = E / (K T) * (tokens that chose e) and P_e the mean of the scores normalised
+    per token; the mean over sequences. 1 under perfect balance. f carries no gradient.
     """
     num_tokens, num_experts = routing.scores_TE.shape
     top_k = routing.ids_TK.shape[1]

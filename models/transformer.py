@@ -79,7 +79,7 @@ class DecoderLayer(nn.Module):
 
 
 class DeepseekV3Model(nn.Module):
-    """Everything below the head. With `checkpoint_layers`, a layer's activations are recomputed in the backward pass."""
+    """Everything below the head. With `checkpoint_layers`, the backward pass recomputes a layer's activations."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class DeepseekV3ForCausalLM(nn.Module):
     def forward(
         self, ids_T: Tensor, layout: SequenceLayout, cache: LatentCache | None = None, replay: Replay | None = None
     ) -> ModelOutput:
-        """Packed token ids [T] -> final hidden states. `cache` (a prompt's prefill) is filled; `replay` fixes experts."""
+        """Packed token ids [T] -> final hidden states. `cache` (for a prefill) is filled; `replay` fixes experts."""
         assert ids_T.shape == layout.positions_T.shape, f"{ids_T.shape} ids for {layout.positions_T.shape} positions"
         return self.model(ids_T, layout, cache, replay or {})
 
@@ -158,13 +158,14 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fresh weights from `seed`: embeddings N(0, initializer_range); every matrix N(0, 1 / fan-in); norms 1; bias 0.
+        """Fresh weights from `seed`: embeddings N(0, initializer_range), matrices N(0, 1 / fan-in), norms 1, bias 0.
 
         The paper's one std of 0.006 for all suits a hidden size of 7,168; 1 / sqrt(fan-in) suits every width.
         """
         generator = torch.Generator(device=self.lm_head.weight.device).manual_seed(seed)
+        self.model.embed_tokens.weight.normal_(0, self.config.initializer_range, generator=generator)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.weight is not self.model.embed_tokens.weight:
                 module.weight.normal_(0, module.in_features**-0.5, generator=generator)
             elif isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
@@ -175,5 +176,3 @@ class DeepseekV3ForCausalLM(nn.Module):
             elif isinstance(module, RoutedExperts):
                 for weight in (module.gate_up_proj, module.down_proj):
                     weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
-        # Last, so that a tied head has the embedding's scale.
-        self.model.embed_tokens.weight.normal_(0, self.config.initializer_range, generator=generator)
