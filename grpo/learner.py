@@ -17,8 +17,9 @@ from grpo.logprobs import token_logprobs
 from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
 from grpo.mismatch import MismatchMeter
 from grpo.schedule import Decay, learning_rate
-from models import DeepseekV3ForCausalLM, SequenceLayout, hf_tensors
+from models import CausalLM, SequenceLayout, hf_tensors
 from models.balance import load_metrics
+from models.moe import Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class LearnerConfig:
 class Learner:
     """One copy of the policy in training, in this process."""
 
-    def __init__(self, model: DeepseekV3ForCausalLM, config: LearnerConfig, total_steps: int) -> None:
+    def __init__(self, model: CausalLM, config: LearnerConfig, total_steps: int) -> None:
         """`total_steps` counts optimizer steps and only shapes the learning rate's decay."""
         self.model = model
         self.config = config
@@ -83,7 +84,7 @@ class Learner:
     def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
         """One optimizer step over all samples. Raises FloatingPointError if the gradient is not finite."""
         config = self.config
-        meters = _Meters(num_experts=self.model.config.n_routed_experts)
+        meters = _Meters()
         for micro_batch in pack(samples, config.token_budget, config.aggregation):
             self._backward(micro_batch, meters)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
@@ -126,9 +127,9 @@ class Learner:
         meters.add("policy/entropy", entropies_N, batch.weights_N)
         meters.add("policy/clipped", cut_N.float(), batch.weights_N)
         meters.mismatch.add(logprobs_N.detach(), batch.sampling_logprobs_N)
-        meters.add_experts(output.expert_ids)
+        meters.add_experts(output.routing)
 
-    def _logprobs(self, model: DeepseekV3ForCausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: CausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         predictors_ND = hidden_TD.index_select(0, batch.predictors_N)
         return token_logprobs(predictors_ND, model.lm_head.weight, batch.targets_N, batch.temperatures_N)
 
@@ -159,18 +160,17 @@ class Learner:
 class _Meters:
     """Weighted sums over micro-batches; the weights of a batch sum to 1, so sums are means."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self) -> None:
         self._sums: dict[str, float] = {}
-        self._num_experts = num_experts
         self._expert_counts: dict[int, Tensor] = {}
         self.mismatch = MismatchMeter()
 
     def add(self, name: str, values_N: Tensor, weights_N: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + (values_N.detach() * weights_N).sum().item()
 
-    def add_experts(self, expert_ids: dict[int, Tensor]) -> None:
-        for layer, ids_TK in expert_ids.items():
-            counts_E = torch.bincount(ids_TK.flatten(), minlength=self._num_experts)
+    def add_experts(self, routing: dict[int, Routing]) -> None:
+        for layer, routed in routing.items():
+            counts_E = torch.bincount(routed.ids_TK.flatten(), minlength=routed.scores_TE.shape[1])
             self._expert_counts[layer] = self._expert_counts.get(layer, 0) + counts_E
 
     def report(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ Not here: any default that would turn a missing key of a checkpoint into a silen
 
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,11 @@ _FIXED_KEYS: dict[str, Any] = {
 _REFUSED_KEYS = {
     "index_topk": "sparse attention (V3.2) is not implemented",
 }
-_MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
+"""`model_type` of the checkpoints that this model reads."""
+
+ScaleFormat = Literal["float32", "ue8m0"]
+"""Scales of FP8 blocks: any number, or powers of two only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +121,17 @@ class DeepseekV3Config:
             raise ValueError("scoring_func='softmax' has no correction bias: topk_method must not be 'noaux_tc'")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even (rotation acts on pairs), got {self.qk_rope_head_dim}")
-        if self.rms_norm_eps != 1e-6:
-            raise ValueError(
-                f"rms_norm_eps must be 1e-6, got {self.rms_norm_eps}: transformers fixes 1e-6 for the two latent norms "
-                "and vLLM uses this key, so any other value gives two different models"
+        if self.rms_norm_eps != self.latent_norm_eps:
+            warnings.warn(
+                f"rms_norm_eps={self.rms_norm_eps}: the two latent norms of attention keep {self.latent_norm_eps}, as "
+                "in transformers; vLLM uses rms_norm_eps there too, so its outputs differ slightly",
+                stacklevel=2,
             )
+
+    @property
+    def latent_norm_eps(self) -> float:
+        """Of `q_a_layernorm` and `kv_a_layernorm`, which DeepSeek's code and transformers build with the default."""
+        return 1e-6
 
     @property
     def qk_head_dim(self) -> int:
@@ -163,16 +174,20 @@ class DeepseekV3Config:
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "DeepseekV3Config":
         """Reads `config.json` content. Raises ValueError for another architecture or a feature not implemented."""
-        if raw.get("model_type") not in _MODEL_TYPES:
-            raise ValueError(f"{source}: model_type must be one of {_MODEL_TYPES}, got {raw.get('model_type')!r}")
+        if raw.get("model_type") not in MODEL_TYPES:
+            raise ValueError(f"{source}: model_type must be one of {MODEL_TYPES}, got {raw.get('model_type')!r}")
         for key, value in _FIXED_KEYS.items():
             if raw.get(key, value) != value:
                 raise ValueError(f"{source}: {key} must be {value!r} for this model, got {raw[key]!r}")
         for key, why in _REFUSED_KEYS.items():
             if raw.get(key) is not None:
                 raise ValueError(f"{source}: has {key}: {why}")
+        fp8_scale_format(raw, source)
         if raw["model_type"] == "deepseek_v2":
             raw = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False} | raw
+        # Some files say null for "no groups" and "no shared expert".
+        absent = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0, "num_nextn_predict_layers": 0}
+        raw = raw | {key: value for key, value in absent.items() if key in raw and raw[key] is None}
         known = {f.name for f in fields(cls)}
         values = {key: value for key, value in raw.items() if key in known}
         values["rope_parameters"] = _read_rope(raw, source)
@@ -186,11 +201,36 @@ class DeepseekV3Config:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} not found: give the folder of a Hugging Face checkpoint")
-        return cls.from_dict(json.loads(path.read_text()), source=str(path))
+        try:
+            raw = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+        return cls.from_dict(raw, source=str(path))
 
     def with_vocabulary(self, vocab_size: int, *, bos: int | None, eos: int, pad: int) -> "DeepseekV3Config":
         """The same model for another tokenizer."""
         return replace(self, vocab_size=vocab_size, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
+
+
+def fp8_scale_format(raw: dict[str, Any], source: str = "config.json") -> ScaleFormat | None:
+    """How the weights of a checkpoint are scaled, None unless they are FP8. Raises ValueError for another format."""
+    quantization = raw.get("quantization_config")
+    if quantization is None:
+        return None
+    known = {
+        "quant_method": ["fp8"],
+        "fmt": ["e4m3", None],
+        "activation_scheme": ["dynamic", None],
+        "weight_block_size": [[128, 128]],
+        "scale_fmt": ["ue8m0", "float", "float32", None],
+    }
+    for key, values in known.items():
+        if quantization.get(key) not in values:
+            raise ValueError(
+                f"{source}: quantization_config.{key} must be {values[0]!r}, got {quantization.get(key)!r}: only FP8 "
+                "(e4m3) in blocks of 128 x 128 is read; take the unquantised checkpoint or dequantise it elsewhere"
+            )
+    return "ue8m0" if quantization.get("scale_fmt") == "ue8m0" else "float32"
 
 
 def _read_rope(raw: dict[str, Any], source: str) -> RopeParameters:

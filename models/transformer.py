@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import MultiHeadLatentAttention
 from models.cache import LatentCache
 from models.config import DeepseekV3Config
-from models.moe import FeedForward, MixtureOfExperts, RoutedExperts, Router, Routing
+from models.decoder_layer import DecoderLayer, PredictionModule
+from models.moe import MixtureOfExperts, RoutedExperts, Router, Routing
 from models.packing import SequenceLayout
 from models.rope import RotaryTable
 
@@ -41,53 +41,19 @@ class ModelOutput:
         return {layer: routing.ids_TK for layer, routing in self.routing.items()}
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DeepseekV3Config, layer: int) -> None:
-        super().__init__()
-        self.self_attn = MultiHeadLatentAttention(config, layer)
-        self.mlp = (
-            MixtureOfExperts(config)
-            if config.is_moe_layer(layer)
-            else FeedForward(config.hidden_size, config.intermediate_size)
-        )
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        x_TD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        layout: SequenceLayout,
-        cache: LatentCache | None = None,
-        replay_TK: Tensor | None = None,
-    ) -> tuple[Tensor, Routing | None]:
-        """Whole sequences, [T, D] -> [T, D] and the routing, None in a dense layer."""
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, layout, cache)
-        return self._feed_forward(x_TD, replay_TK)
-
-    def decode(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache) -> tuple[Tensor, Routing | None]:
-        """One new token per cached sequence."""
-        x_BD = x_BD + self.self_attn.decode(self.input_layernorm(x_BD), rope, cache)
-        return self._feed_forward(x_BD, None)
-
-    def _feed_forward(self, x_TD: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, Routing | None]:
-        normed_TD = self.post_attention_layernorm(x_TD)
-        if isinstance(self.mlp, MixtureOfExperts):
-            out_TD, routing = self.mlp(normed_TD, replay_TK)
-            return x_TD + out_TD, routing
-        return x_TD + self.mlp(normed_TD), None
-
-
 class DeepseekV3Model(nn.Module):
     """Everything below the head. With `checkpoint_layers`, the backward pass recomputes a layer's activations."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.num_layers = config.num_hidden_layers
+        layers = [DecoderLayer(config, layer) for layer in range(self.num_layers)]
+        # In the checkpoint, depth k of multi-token prediction is layer num_hidden_layers + k - 1.
+        depths = [PredictionModule(config, self.num_layers + k) for k in range(config.num_nextn_predict_layers)]
+        self.layers = nn.ModuleList([*layers, *depths])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rope = RotaryTable(config)
-        self.num_layers = config.num_hidden_layers
         self.checkpoint_layers = False
 
     def decoder_layers(self) -> Iterator[tuple[int, DecoderLayer]]:
@@ -96,6 +62,10 @@ class DeepseekV3Model(nn.Module):
             layer = self.layers[index]
             assert isinstance(layer, DecoderLayer)
             yield index, layer
+
+    def prediction_modules(self) -> list[PredictionModule]:
+        """Depths 1, 2, ... of multi-token prediction; used by mtp.py, never by `forward`."""
+        return [layer for layer in self.layers if isinstance(layer, PredictionModule)]
 
     def forward(self, ids_T: Tensor, layout: SequenceLayout, cache: LatentCache | None, replay: Replay) -> ModelOutput:
         x_TD = self.embed_tokens(ids_T)
@@ -112,16 +82,17 @@ class DeepseekV3Model(nn.Module):
             cache.advance(torch.tensor(layout.lengths, device=ids_T.device))
         return ModelOutput(hidden_TD=self.norm(x_TD), routing=recorded)
 
-    def decode(self, ids_B: Tensor, cache: LatentCache) -> ModelOutput:
-        x_BD = self.embed_tokens(ids_B)
-        rope = self.rope(cache.lengths_B, x_BD.dtype)
+    def decode(self, ids_BM: Tensor, cache: LatentCache) -> ModelOutput:
+        num_sequences, num_new = ids_BM.shape
+        x_TD = self.embed_tokens(ids_BM.flatten())
+        rope = self.rope(cache.next_positions(num_new).flatten(), x_TD.dtype)
         recorded: dict[int, Routing] = {}
         for index, layer in self.decoder_layers():
-            x_BD, routing = layer.decode(x_BD, rope, cache)
+            x_TD, routing = layer.decode(x_TD, rope, cache)
             if routing is not None:
                 recorded[index] = routing
-        cache.advance(1)
-        return ModelOutput(hidden_TD=self.norm(x_BD), routing=recorded)
+        cache.advance(num_new)
+        return ModelOutput(hidden_TD=self.norm(x_TD), routing=recorded)
 
 
 class DeepseekV3ForCausalLM(nn.Module):
@@ -140,9 +111,12 @@ class DeepseekV3ForCausalLM(nn.Module):
         assert ids_T.shape == layout.positions_T.shape, f"{ids_T.shape} ids for {layout.positions_T.shape} positions"
         return self.model(ids_T, layout, cache, replay or {})
 
-    def decode(self, ids_B: Tensor, cache: LatentCache) -> ModelOutput:
-        """One next token per cached sequence [B] -> hidden states [B, D]; the cache grows by one."""
-        return self.model.decode(ids_B, cache)
+    def decode(self, ids: Tensor, cache: LatentCache) -> ModelOutput:
+        """One next token per cached sequence [B] -> hidden states [B, D]; the cache grows by one.
+
+        Or M next tokens [B, M] -> [B * M, D], row by row, each token seeing those before it; the cache grows by M.
+        """
+        return self.model.decode(ids[:, None] if ids.dim() == 1 else ids, cache)
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """Equally long sequences [B, S] -> logits [B, S, V], all of them at once: for small inputs and tests."""

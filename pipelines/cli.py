@@ -4,6 +4,8 @@
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
     grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
+    grpo model info DIR|PRESET
+    grpo convert SRC --out DST --to bf16|fp8|fp32
 
 `--engine native` is short for `--engine.kind native`, `--steps` for `--trainer.steps`.
 Flags beat the config file, the file beats the recipe. Exit status: 0 done, 1 the run failed or did not learn, 2 wrong
@@ -41,7 +43,9 @@ class Command:
 
 def _commands() -> dict[str, Command]:
     """Imported late, so that `grpo --help` does not wait for torch."""
+    from pipelines.convert import ConvertConfig, run_convert
     from pipelines.evaluate import EvalConfig, run_eval
+    from pipelines.model_info import ModelInfoConfig, run_model_info
     from pipelines.pretrain import PretrainConfig, run_pretrain
     from pipelines.quickstart import QuickstartConfig, run_quickstart
     from pipelines.recipes import PRETRAIN_RECIPES, ZERO_RECIPES
@@ -58,6 +62,11 @@ def _commands() -> dict[str, Command]:
             config=ZeroConfig, recipes={"default": lambda: ZeroConfig(model="")} | ZERO_RECIPES, run=run_zero
         ),
         "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),
+        # What to do with the model stands where other commands name their recipe.
+        "model": Command(config=ModelInfoConfig, recipes={"info": ModelInfoConfig}, run=run_model_info),
+        "convert": Command(
+            config=ConvertConfig, recipes={"default": lambda: ConvertConfig(source="", out="")}, run=run_convert
+        ),
     }
 
 
@@ -84,7 +93,7 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
 
     rest = list(arguments)
     recipe = next(iter(command.recipes))
-    if rest and not rest[0].startswith("-"):
+    if rest and not rest[0].startswith("-") and (len(command.recipes) > 1 or rest[0] in command.recipes):
         recipe = rest.pop(0)
         if recipe not in command.recipes:
             raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(command.recipes)}")

@@ -50,7 +50,7 @@ class ZeroConfig:
     """Run folder."""
     resume: bool = False
     """Continue the run in `out` from its newest checkpoint."""
-    num_threads: int = 2
+    num_threads: int = 1
     """CPU threads of the learner."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """The loop."""
