@@ -65,8 +65,8 @@ class PretrainConfig:
     """Tokens in one micro-batch."""
     max_bad_share: float = 0.01
     """Share of malformed rows that may be skipped."""
-    num_threads: int = 2
-    """CPU threads."""
+    num_threads: int = 1
+    """CPU threads; a second one pays for larger models and on idle cores only."""
     seed: int = 0
     """Of the weights and of the order of documents."""
 

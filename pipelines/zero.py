@@ -50,8 +50,8 @@ class ZeroConfig:
     """Run folder."""
     resume: bool = False
     """Continue the run in `out` from its newest checkpoint."""
-    num_threads: int = 2
-    """CPU threads of the learner."""
+    num_threads: int = 1
+    """CPU threads of the learner; a second one pays for larger models and on idle cores only."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """The loop."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
