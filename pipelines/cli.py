@@ -10,6 +10,9 @@ Flags beat the config file, the file beats the recipe. Exit status: 0 done, 1 th
 input.
 """
 
+import contextlib
+import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -76,7 +79,7 @@ def _expand_short_flags(arguments: list[str], names: list[str]) -> list[str]:
     return expanded
 
 
-def parse(command: Command, arguments: Sequence[str]) -> Any:
+def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> Any:
     """The configuration that recipe, config file and flags together ask for. Raises ValueError for an unknown key."""
     import tyro
 
@@ -97,11 +100,28 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
         del rest[at : at + 2]
     names = _field_names(default)
     rest = _expand_short_flags(rest, names)
-    config, unknown = tyro.cli(command.config, args=rest, default=default, return_unknown_args=True)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config, unknown = tyro.cli(
+                command.config, prog=program, args=rest, default=default, return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_first_message(errors.getvalue())) from None
+        raise  # --help has been printed
     if unknown:
         flags = [f"--{name.replace('_', '-')}" for name in names]
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], flags)}")
     return config
+
+
+def _first_message(box: str) -> str:
+    """The first paragraph inside the box that tyro draws around an error, as one line."""
+    lines = [line.strip(" \u2502") for line in box.splitlines()]
+    inside = [line for line in lines if not line.startswith("\u256d")]
+    paragraph = itertools.takewhile(lambda line: line and line[0] not in "\u2500\u2570", inside)
+    return " ".join(paragraph)
 
 
 def _field_names(config: Any, prefix: str = "") -> list[str]:
@@ -125,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = commands[arguments[0]]
     try:
-        result = command.run(parse(command, arguments[1:]))
+        result = command.run(parse(command, arguments[1:], f"grpo {arguments[0]}"))
     except (ValueError, OSError) as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise

@@ -62,6 +62,8 @@ def load_rows(
 
 def _read(source: str, split: str) -> Iterator[tuple[int, Row | str]]:
     """(number, row) pairs, or (number, reason) where a line is no row."""
+    if not source:
+        raise ValueError("no data given: add --data with a file or a hub id")
     path = Path(source)
     name = path.name.removesuffix(".gz")
     if path.is_file():
