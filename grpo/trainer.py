@@ -53,6 +53,9 @@ class TrainerConfig:
     """Fixes the order of prompts and every sampled token."""
 
     def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "max_tokens", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.completions_per_prompt < 2:
             raise ValueError(
                 f"completions_per_prompt must be >= 2 for a group baseline, got {self.completions_per_prompt}"

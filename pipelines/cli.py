@@ -92,19 +92,20 @@ def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> 
         if recipe not in command.recipes:
             raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(command.recipes)}")
     default = command.recipes[recipe]()
-    if "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise ValueError("--config needs a file")
-        default = read_config(command.config, Path(rest[at + 1]), default)
-        del rest[at : at + 2]
+    if path := _take_config_flag(rest):
+        default = read_config(command.config, path, default)
     names = _field_names(default)
     rest = _expand_short_flags(rest, names)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             config, unknown = tyro.cli(
-                command.config, prog=program, args=rest, default=default, return_unknown_args=True
+                command.config,
+                prog=program,
+                args=rest,
+                default=default,
+                return_unknown_args=True,
+                description=_description(command),
             )
     except SystemExit as stop:
         if stop.code:
@@ -114,6 +115,25 @@ def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> 
         flags = [f"--{name.replace('_', '-')}" for name in names]
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], flags)}")
     return config
+
+
+def _take_config_flag(arguments: list[str]) -> Path | None:
+    """Removes `--config FILE` or `--config=FILE` from the arguments; the file, None without the flag."""
+    for at, argument in enumerate(arguments):
+        if argument == "--config":
+            if at + 1 == len(arguments):
+                raise ValueError("--config needs a file")
+            del arguments[at]
+            return Path(arguments.pop(at))
+        if argument.startswith("--config="):
+            return Path(arguments.pop(at).removeprefix("--config="))
+    return None
+
+
+def _description(command: Command) -> str:
+    """What `--help` says above the fields."""
+    recipes = f" Recipes, as the first word: {', '.join(command.recipes)}." if len(command.recipes) > 1 else ""
+    return f"{command.config.__doc__}{recipes} --config FILE.yaml gives fields; flags beat the file."
 
 
 def _first_message(box: str) -> str:
@@ -149,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise
-        print(f"grpo: error: {error}", file=sys.stderr)
+        print(f"grpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
 

@@ -55,6 +55,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
+        if self.limit < 0 or self.max_tokens < 0:
+            name = "limit" if self.limit < 0 else "max_tokens"
+            raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.data is None and task.make_rows is not None and self.limit < 1:
             raise ValueError(f"task {task.name} generates its problems: say how many with --limit")
 

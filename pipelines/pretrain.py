@@ -70,6 +70,11 @@ class PretrainConfig:
     seed: int = 0
     """Of the weights and of the order of documents."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "documents_per_step", "token_budget", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+
 
 def check_text(row: Row) -> str | None:
     return None if isinstance(row.get("text"), str) and row["text"] else "field 'text' is missing or empty"

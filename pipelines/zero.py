@@ -25,7 +25,6 @@ from rewards import Rubric
 from rollout.engine import EngineConfig
 from rollout.pool import EnginePool, build_pool
 from rollout.prompts import PromptSource
-from rollout.sample import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,10 @@ class ZeroConfig:
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
+        if self.num_prompts < 0:
+            raise ValueError(f"num_prompts must be >= 0, got {self.num_prompts}")
+        if self.num_threads < 1:
+            raise ValueError(f"num_threads must be >= 1, got {self.num_threads}")
         if self.data is None and task.make_rows is not None and self.num_prompts < 1:
             raise ValueError(f"task {task.name} generates its problems: say how many with --num-prompts")
         if self.trainer.max_tokens >= self.engine.max_model_len:
@@ -86,7 +89,7 @@ class PreparedRun:
 
     config: ZeroConfig
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[Prompt]
+    prompts: PromptSource
     rubric: Rubric
     out: Path
 
@@ -103,9 +106,11 @@ def prepare(config: ZeroConfig) -> PreparedRun:
     )  # fmt: skip
     room = config.engine.max_model_len - config.trainer.max_tokens
     prompts = build_prompts(rows, task, tokenizer, max_tokens=room, report=console.print)
+    source = PromptSource(prompts, config.trainer.seed)
+    source.batch(0, config.trainer.prompts_per_step)  # are there enough? Before a folder is made
     out = Path(config.out)
     open_run_folder(config, out)
-    return PreparedRun(config=config, tokenizer=tokenizer, prompts=prompts, rubric=rubric, out=out)
+    return PreparedRun(config=config, tokenizer=tokenizer, prompts=source, rubric=rubric, out=out)
 
 
 def open_run_folder(config: ZeroConfig, out: Path) -> None:
@@ -143,7 +148,7 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
     try:
         with progress_bar("training", config.trainer.steps) as bar:
             trainer = GRPOTrainer(
-                config.trainer, learner, engines, PromptSource(run.prompts, config.trainer.seed), run.rubric,
+                config.trainer, learner, engines, run.prompts, run.rubric,
                 decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
                 on_step=lambda step, metrics: bar.advance(console_line(metrics)),
             )  # fmt: skip
