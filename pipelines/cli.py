@@ -83,7 +83,7 @@ def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> 
     """The configuration that recipe, config file and flags together ask for. Raises ValueError for an unknown key."""
     import tyro
 
-    from pipelines.config import did_you_mean, read_config
+    from pipelines.config import did_you_mean, flat_fields, read_config
 
     rest = list(arguments)
     recipe = next(iter(command.recipes))
@@ -94,7 +94,7 @@ def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> 
     default = command.recipes[recipe]()
     if path := _take_config_flag(rest):
         default = read_config(command.config, path, default)
-    names = _field_names(default)
+    names = list(flat_fields(default))
     rest = _expand_short_flags(rest, names)
     errors = io.StringIO()
     try:
@@ -142,13 +142,6 @@ def _first_message(box: str) -> str:
     inside = [line for line in lines if not line.startswith("\u256d")]
     paragraph = itertools.takewhile(lambda line: line and line[0] not in "\u2500\u2570", inside)
     return " ".join(paragraph)
-
-
-def _field_names(config: Any, prefix: str = "") -> list[str]:
-    names = []
-    for name, value in vars(config).items():
-        names += _field_names(value, f"{prefix}{name}.") if hasattr(value, "__dataclass_fields__") else [prefix + name]
-    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

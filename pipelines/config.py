@@ -71,6 +71,18 @@ def describe_error(error: ValidationError) -> str:
     return f"{where}: {message}, got {first.get('input')!r}"
 
 
+def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of every field, sections opened: {"trainer.steps": 100, ...}."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flat_fields(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
 def write_config(config: Any, path: Path) -> None:
     """Writes all fields as JSON; `read_config` gives an equal object back."""
     path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")

@@ -84,6 +84,8 @@ def run_pretrain(config: PretrainConfig) -> Path:
     """The whole of `grpo pretrain`; the folder of the checkpoint."""
     if not config.out:
         raise ValueError("no folder given for the checkpoint: add --out")
+    if Path(config.out).exists():
+        raise ValueError(f"{config.out} exists already; choose another --out")
     torch.set_num_threads(config.num_threads)
     rows = load_rows(
         config.data, split=config.split, check=check_text, max_bad_share=config.max_bad_share, report=console.print

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from grpo.learner import Learner, LearnerConfig
 from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import load_pretrained
-from models.checkpoint import replace_folder, write_checkpoint
-from pipelines.config import read_config, write_config
+from models.checkpoint import replace_folder, tensor_shapes, write_checkpoint
+from pipelines.config import flat_fields, read_config, write_config
 from pipelines.console import console, progress_bar
 from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
 from pipelines.tasks import get_task
@@ -97,8 +97,9 @@ class PreparedRun:
 def prepare(config: ZeroConfig) -> PreparedRun:
     """Reads data, tokenizer and rewards and opens the run folder. Raises ValueError or OSError with the remedy."""
     config = replace(config, engine=config.engine.resolved())
-    task = get_task(config.task)
     tokenizer = load_tokenizer(config.model)
+    tensor_shapes(config.model)  # are the weights there?
+    task = get_task(config.task)
     rubric = build_rubric(config.reward, task)
     rows = task_rows(
         task, config.data, split=config.split, count=config.num_prompts, seed=config.trainer.seed,
@@ -124,9 +125,10 @@ def open_run_folder(config: ZeroConfig, out: Path) -> None:
         return
     if not saved.exists():
         raise FileNotFoundError(f"{out} holds no run to resume (no config.json); start it without --resume")
-    started = replace(read_config(ZeroConfig, saved, default=config), resume=True)
-    if started != config:
-        changed = [name for name in vars(config) if getattr(started, name) != getattr(config, name)]
+    started = flat_fields(read_config(ZeroConfig, saved, default=config))
+    asked = flat_fields(config)
+    changed = [name for name in asked if name not in ("out", "resume") and asked[name] != started[name]]
+    if changed:
         raise ValueError(
             f"{out} was started with another {', '.join(changed)}; resume it with the configuration in {saved}"
         )
