@@ -38,6 +38,8 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def drop_steps(path: Path, first: int) -> None:
     """Removes the rows of step `first` and later, which a resumed run will write again."""
+    if not path.exists():
+        return
     rows = [row for row in read_rows(path) if row["step"] < first]
     kept = path.with_name(f".{path.name}.kept")
     kept.unlink(missing_ok=True)
