@@ -58,6 +58,10 @@ class LearnerConfig:
             raise ValueError(f"lr must be >= 0, got {self.lr}")
         if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
             raise ValueError(f"need 0 <= clip_low < 1 and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
+        if not self.grad_clip > 0:
+            raise ValueError(f"grad_clip must be > 0, got {self.grad_clip}; inf turns clipping off")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef must be >= 0, got {self.kl_coef}")
         if self.token_budget < 1:
@@ -84,6 +88,7 @@ class Learner:
     def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
         """One optimizer step over all samples. Raises FloatingPointError if the gradient is not finite."""
         config = self.config
+        self.optimizer.zero_grad(set_to_none=True)  # an update that raised must not leave its gradient to this one
         meters = _Meters()
         for micro_batch in pack(samples, config.token_budget, config.aggregation):
             self._backward(micro_batch, meters)

@@ -12,6 +12,9 @@ Flags beat the config file, the file beats the recipe. Exit status: 0 done, 1 th
 input.
 """
 
+import contextlib
+import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -85,11 +88,11 @@ def _expand_short_flags(arguments: list[str], names: list[str]) -> list[str]:
     return expanded
 
 
-def parse(command: Command, arguments: Sequence[str]) -> Any:
+def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> Any:
     """The configuration that recipe, config file and flags together ask for. Raises ValueError for an unknown key."""
     import tyro
 
-    from pipelines.config import did_you_mean, read_config
+    from pipelines.config import did_you_mean, flat_fields, read_config
 
     rest = list(arguments)
     recipe = next(iter(command.recipes))
@@ -98,26 +101,56 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
         if recipe not in command.recipes:
             raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(command.recipes)}")
     default = command.recipes[recipe]()
-    if "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise ValueError("--config needs a file")
-        default = read_config(command.config, Path(rest[at + 1]), default)
-        del rest[at : at + 2]
-    names = _field_names(default)
+    if path := _take_config_flag(rest):
+        default = read_config(command.config, path, default)
+    names = list(flat_fields(default))
     rest = _expand_short_flags(rest, names)
-    config, unknown = tyro.cli(command.config, args=rest, default=default, return_unknown_args=True)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config, unknown = tyro.cli(
+                command.config,
+                prog=program,
+                args=rest,
+                default=default,
+                return_unknown_args=True,
+                description=_description(command),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_first_message(errors.getvalue())) from None
+        raise  # --help has been printed
     if unknown:
         flags = [f"--{name.replace('_', '-')}" for name in names]
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], flags)}")
     return config
 
 
-def _field_names(config: Any, prefix: str = "") -> list[str]:
-    names = []
-    for name, value in vars(config).items():
-        names += _field_names(value, f"{prefix}{name}.") if hasattr(value, "__dataclass_fields__") else [prefix + name]
-    return names
+def _take_config_flag(arguments: list[str]) -> Path | None:
+    """Removes `--config FILE` or `--config=FILE` from the arguments; the file, None without the flag."""
+    for at, argument in enumerate(arguments):
+        if argument == "--config":
+            if at + 1 == len(arguments):
+                raise ValueError("--config needs a file")
+            del arguments[at]
+            return Path(arguments.pop(at))
+        if argument.startswith("--config="):
+            return Path(arguments.pop(at).removeprefix("--config="))
+    return None
+
+
+def _description(command: Command) -> str:
+    """What `--help` says above the fields."""
+    recipes = f" Recipes, as the first word: {', '.join(command.recipes)}." if len(command.recipes) > 1 else ""
+    return f"{command.config.__doc__}{recipes} --config FILE.yaml gives fields; flags beat the file."
+
+
+def _first_message(box: str) -> str:
+    """The first paragraph inside the box that tyro draws around an error, as one line."""
+    lines = [line.strip(" \u2502") for line in box.splitlines()]
+    inside = [line for line in lines if not line.startswith("\u256d")]
+    paragraph = itertools.takewhile(lambda line: line and line[0] not in "\u2500\u2570", inside)
+    return " ".join(paragraph)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,11 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = commands[arguments[0]]
     try:
-        result = command.run(parse(command, arguments[1:]))
+        result = command.run(parse(command, arguments[1:], f"grpo {arguments[0]}"))
     except (ValueError, OSError) as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise
-        print(f"grpo: error: {error}", file=sys.stderr)
+        print(f"grpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
 

@@ -68,9 +68,14 @@ class PretrainConfig:
     max_bad_share: float = 0.01
     """Share of malformed rows that may be skipped."""
     num_threads: int = 1
-    """CPU threads."""
+    """CPU threads; a second one pays for larger models and on idle cores only."""
     seed: int = 0
     """Of the weights and of the order of documents."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "documents_per_step", "token_budget", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
 
 def check_text(row: Row) -> str | None:
@@ -79,6 +84,10 @@ def check_text(row: Row) -> str | None:
 
 def run_pretrain(config: PretrainConfig) -> Path:
     """The whole of `grpo pretrain`; the folder of the checkpoint."""
+    if not config.out:
+        raise ValueError("no folder given for the checkpoint: add --out")
+    if Path(config.out).exists():
+        raise ValueError(f"{config.out} exists already; choose another --out")
     torch.set_num_threads(config.num_threads)
     rows = load_rows(
         config.data, split=config.split, check=check_text, max_bad_share=config.max_bad_share, report=console.print
