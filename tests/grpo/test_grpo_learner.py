@@ -202,7 +202,11 @@ def test_expert_load_by_hand() -> None:
     report = load_metrics({1: even, 2: uneven})
     assert report["moe/max_violation"] == pytest.approx(8 / 3 - 1)
     assert report["moe/experts_used"] == pytest.approx(6 / 8)
-    assert load_metrics({1: even}) == {"moe/max_violation": 0.0, "moe/experts_used": 1.0}
+    assert report["moe/dead_experts"] == 2
+    entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(4)
+    assert report["moe/load_entropy"] == pytest.approx((1 + entropy) / 2)
+    evenly = {"moe/max_violation": 0.0, "moe/experts_used": 1.0, "moe/dead_experts": 0.0, "moe/load_entropy": 1.0}
+    assert load_metrics({1: even}) == pytest.approx(evenly)
     assert load_metrics({}) == {}
 
 
