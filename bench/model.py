@@ -4,9 +4,9 @@
     python bench/model.py --preset 16b-a3b --layers 8 --device cuda --dtype bfloat16 --tokens 8192
 
 Both get the same weights and the same packed tokens, and compute the mean cross entropy of every next token and its
-gradient: ours through the chunked head, transformers with all logits, as each is meant to be used, and transformers with
-the settings `--experts` and `--attention`. They are timed in turn, so a noisy machine treats them alike; the median of the
-rounds counts. MFU is against active matrix multiplications, recomputation not counted.
+gradient: ours through the chunked head, transformers with all logits and the settings `--experts` and `--attention`.
+They are timed in turn, so a noisy machine treats them alike; the median of the rounds counts. MFU is against active
+matrix multiplications, recomputation not counted.
 """
 
 import argparse
