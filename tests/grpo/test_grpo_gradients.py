@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grpo.batch import Aggregation, TrainingSample, pack
 from grpo.learner import Learner, LearnerConfig
-from models import DeepseekV3ForCausalLM, SequenceLayout
+from models import CausalLM, SequenceLayout
 from models.moe import RoutedExperts
 from tests.models.test_models_parity import CORNERS, reference_of, relative_error, sharp_model
 
@@ -30,14 +30,14 @@ LogitsOf = Callable[[Any, Sequence[TrainingSample]], list[Tensor]]
 
 
 @torch.no_grad()
-def plain_logprobs_of(model: DeepseekV3ForCausalLM, ids: list[int], temperature: float) -> list[float]:
+def plain_logprobs_of(model: CausalLM, ids: list[int], temperature: float) -> list[float]:
     """[L] log-probability of each token; 0.0 for the first, which nothing predicts."""
     logits_TV = model.lm_head(model(torch.tensor(ids), SequenceLayout.from_lengths([len(ids)])).hidden_TD)
     logprobs_TV = (logits_TV / temperature).log_softmax(-1)
     return [0.0, *logprobs_TV[:-1].gather(1, torch.tensor(ids)[1:, None]).squeeze(1).tolist()]
 
 
-def make_samples(model: DeepseekV3ForCausalLM, *, seed: int = 0, noise: float = 0.3) -> list[TrainingSample]:
+def make_samples(model: CausalLM, *, seed: int = 0, noise: float = 0.3) -> list[TrainingSample]:
     """Random sequences with recorded log-probabilities a little beside the model's, so that some ratios are clipped.
 
     Prompts, advantages and temperatures differ, and a few tokens inside completions are not trained.

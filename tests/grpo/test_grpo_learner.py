@@ -22,7 +22,7 @@ from torch import Tensor
 
 from grpo.batch import TrainingSample
 from grpo.learner import Learner, LearnerConfig, load_metrics
-from models import DeepseekV3ForCausalLM, SequenceLayout, hf_tensors, save_pretrained
+from models import CausalLM, SequenceLayout, hf_tensors, save_pretrained
 from rollout.engine import EngineConfig
 from rollout.native_engine import NativeEngine
 from rollout.sample import Prompt, SamplingParams
@@ -30,7 +30,7 @@ from tests.grpo.test_grpo_gradients import logits_one_by_one, make_samples, upda
 from tests.models.test_models_parity import BASE, reference_of, sharp_model
 
 
-def snapshot(model: DeepseekV3ForCausalLM) -> dict[str, Tensor]:
+def snapshot(model: CausalLM) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in hf_tensors(model)}
 
 

@@ -198,6 +198,7 @@ def test_stale_pool_that_keeps_nothing_runs(policy: Path, tmp_path: Path) -> Non
 def test_engines_get_the_learners_weights_before_the_first_token(policy: Path, tmp_path: Path) -> None:
     """The engine starts from a file of other weights; only the sync makes the first batch on-policy."""
     learner = make_learner(policy, lr=1e-2)
+    assert isinstance(learner.model, DeepseekV3ForCausalLM)
     learner.model.init_weights(seed=9)
     make_trainer(policy, tmp_path, learner=learner, steps=1).run()
     assert read_metrics(tmp_path)[0]["mismatch/abs_max"] < 1e-4
