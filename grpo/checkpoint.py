@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from grpo.learner import Learner
-from models.checkpoint import load_hf_tensors, read_tensors, replace_folder, write_checkpoint
+from models.auto import load_hf_tensors, write_checkpoint
+from models.checkpoint import read_tensors, replace_folder
 
 _POLICY, _STATE = "policy", "learner.pt"
 

@@ -17,7 +17,9 @@ from grpo.logprobs import token_logprobs
 from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
 from grpo.mismatch import MismatchMeter
 from grpo.schedule import Decay, learning_rate
-from models import DeepseekV3ForCausalLM, SequenceLayout, hf_tensors
+from models import CausalLM, SequenceLayout, hf_tensors
+from models.balance import load_metrics
+from models.moe import Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,10 @@ class LearnerConfig:
             raise ValueError(f"lr must be >= 0, got {self.lr}")
         if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
             raise ValueError(f"need 0 <= clip_low < 1 and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
+        if not self.grad_clip > 0:
+            raise ValueError(f"grad_clip must be > 0, got {self.grad_clip}; inf turns clipping off")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef must be >= 0, got {self.kl_coef}")
         if self.token_budget < 1:
@@ -65,7 +71,7 @@ class LearnerConfig:
 class Learner:
     """One copy of the policy in training, in this process."""
 
-    def __init__(self, model: DeepseekV3ForCausalLM, config: LearnerConfig, total_steps: int) -> None:
+    def __init__(self, model: CausalLM, config: LearnerConfig, total_steps: int) -> None:
         """`total_steps` counts optimizer steps and only shapes the learning rate's decay."""
         self.model = model
         self.config = config
@@ -82,7 +88,8 @@ class Learner:
     def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
         """One optimizer step over all samples. Raises FloatingPointError if the gradient is not finite."""
         config = self.config
-        meters = _Meters(num_experts=self.model.config.n_routed_experts)
+        self.optimizer.zero_grad(set_to_none=True)  # an update that raised must not leave its gradient to this one
+        meters = _Meters()
         for micro_batch in pack(samples, config.token_budget, config.aggregation):
             self._backward(micro_batch, meters)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
@@ -125,9 +132,9 @@ class Learner:
         meters.add("policy/entropy", entropies_N, batch.weights_N)
         meters.add("policy/clipped", cut_N.float(), batch.weights_N)
         meters.mismatch.add(logprobs_N.detach(), batch.sampling_logprobs_N)
-        meters.add_experts(output.expert_ids)
+        meters.add_experts(output.routing)
 
-    def _logprobs(self, model: DeepseekV3ForCausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: CausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         predictors_ND = hidden_TD.index_select(0, batch.predictors_N)
         return token_logprobs(predictors_ND, model.lm_head.weight, batch.targets_N, batch.temperatures_N)
 
@@ -158,34 +165,18 @@ class Learner:
 class _Meters:
     """Weighted sums over micro-batches; the weights of a batch sum to 1, so sums are means."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self) -> None:
         self._sums: dict[str, float] = {}
-        self._num_experts = num_experts
         self._expert_counts: dict[int, Tensor] = {}
         self.mismatch = MismatchMeter()
 
     def add(self, name: str, values_N: Tensor, weights_N: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + (values_N.detach() * weights_N).sum().item()
 
-    def add_experts(self, expert_ids: dict[int, Tensor]) -> None:
-        for layer, ids_TK in expert_ids.items():
-            counts_E = torch.bincount(ids_TK.flatten(), minlength=self._num_experts)
+    def add_experts(self, routing: dict[int, Routing]) -> None:
+        for layer, routed in routing.items():
+            counts_E = torch.bincount(routed.ids_TK.flatten(), minlength=routed.scores_TE.shape[1])
             self._expert_counts[layer] = self._expert_counts.get(layer, 0) + counts_E
 
     def report(self) -> dict[str, float]:
         return self._sums | self.mismatch.report() | load_metrics(self._expert_counts)
-
-
-def load_metrics(counts_LE: dict[int, Tensor]) -> dict[str, float]:
-    """How evenly the experts of all layers are used, from the slots routed to each.
-
-    `max_violation` is the largest load over the mean load, minus 1 (arXiv:2408.15664); `experts_used` is the share of
-    experts with at least a tenth of the mean load.
-    """
-    if not counts_LE:
-        return {}
-    load_LE = torch.stack([counts_E / counts_E.sum() * len(counts_E) for counts_E in counts_LE.values()])
-    return {
-        "moe/max_violation": load_LE.max().item() - 1,
-        "moe/experts_used": (load_LE > 0.1).float().mean().item(),
-    }

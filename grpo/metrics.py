@@ -5,6 +5,7 @@ logger.log(step, {"reward/mean": 0.5})
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,11 @@ class MetricsLogger:
     def __init__(self, run_dir: Path, resume_from: int) -> None:
         """`resume_from` is the first step that will be logged; what the file has from that step on is dropped."""
         self._path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(run_dir) if row["step"] < resume_from]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        drop_steps(self._path, resume_from)
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_from)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        append_rows(self._path, [{"step": step, **metrics}])
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
@@ -31,12 +30,33 @@ class MetricsLogger:
         self._writer.close()
 
 
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds one JSON line per row."""
+    with path.open("a") as file:
+        file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+
+
+def drop_steps(path: Path, first: int) -> None:
+    """Removes the rows of step `first` and later, which a resumed run will write again."""
+    if not path.exists():
+        return
+    rows = [row for row in read_rows(path) if row["step"] < first]
+    kept = path.with_name(f".{path.name}.kept")
+    kept.unlink(missing_ok=True)
+    append_rows(kept, rows)
+    kept.replace(path)  # whole or not at all: a kill in between must not cost the history
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, in order; empty if the file does not exist.
+    """The rows of a run's `metrics.jsonl`, in order; empty if the file does not exist."""
+    return read_rows(run_dir / "metrics.jsonl")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; empty if it does not exist.
 
     A last line cut short by a crash is left out; such a line anywhere else raises ValueError.
     """
-    path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
     lines = path.read_text().splitlines()

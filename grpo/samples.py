@@ -49,8 +49,8 @@ def build_samples(
 ) -> tuple[list[TrainingSample], dict[str, float]]:
     """Advantages per group, then one sample per completion that has one.
 
-    Completions that failed or were not scored are left out; the counts say how many, as shares of all completions, and
-    how many groups have rewards without spread and therefore teach nothing.
+    Completions that failed, were not scored, or are the only scored one of their group are left out; the counts say how
+    many, as shares of all completions, and how many groups have rewards without spread and therefore teach nothing.
     """
     samples: list[TrainingSample] = []
     failed = unscored = flat_groups = 0

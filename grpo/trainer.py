@@ -1,20 +1,20 @@
-"""The GRPO loop: sample, score, advantages, update, sync, log, save. `GRPOTrainer.run` is the whole algorithm.
+"""The GRPO loop: sample, score, advantages, update, sync, log, save. `GRPOTrainer.run_step` is the whole algorithm.
 
 GRPOTrainer(config, learner, pool, prompts, rubric, decode, stop_token_id, run_dir).run()
 """
 
-import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grpo.advantages import AdvantageScale
 from grpo.batch import TrainingSample
 from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.learner import Learner
-from grpo.metrics import MetricsLogger
+from grpo.metrics import MetricsLogger, append_rows, drop_steps
 from grpo.samples import Decode, build_samples, score_groups
 from rewards import Rubric, Score, failure_shares, reward_seconds
 from rollout.pool import EnginePool
@@ -53,6 +53,9 @@ class TrainerConfig:
     """Fixes the order of prompts and every sampled token."""
 
     def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "max_tokens", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.completions_per_prompt < 2:
             raise ValueError(
                 f"completions_per_prompt must be >= 2 for a group baseline, got {self.completions_per_prompt}"
@@ -60,6 +63,10 @@ class TrainerConfig:
         if self.minibatches < 1 or self.samples_per_step % self.minibatches:
             raise ValueError(
                 f"minibatches={self.minibatches} must divide the {self.samples_per_step} samples of a step"
+            )
+        if self.log_groups_every < 0 or not self.probe_limit > 0:
+            raise ValueError(
+                f"need log_groups_every >= 0 and probe_limit > 0, got {self.log_groups_every} and {self.probe_limit}"
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0 to learn from samples, got {self.temperature}")
@@ -98,23 +105,30 @@ class GRPOTrainer:
         self.run_dir, self.on_step = run_dir, on_step
         self.first_step = load_checkpoint(run_dir, learner)
         self.logger = MetricsLogger(run_dir, resume_from=self.first_step)
+        drop_steps(run_dir / "groups.jsonl", self.first_step)
         self.probe = probe_sequences(prompts.prompts, learner.model.config.vocab_size)
         self._seconds: dict[str, float] = {}
 
     def run(self) -> None:
-        self.sync(version=self.first_step)  # before the first token: the engines start from files, not from the learner
-        for step in range(self.first_step, self.config.steps):
-            groups = self.rollout(step)
-            scores = self.score(groups, step)
-            samples, counts = build_samples(
-                groups, scores, temperature=self.config.temperature, scale=self.config.advantage_scale
-            )
-            report = self.update(samples, step)
-            drift = self.sync(version=step + 1)
-            metrics = batch_metrics(groups, scores) | counts | report | {"sync/probe_difference": drift}
-            self.log(step, metrics, groups, scores)
-            self.save_if_due(step)
-        self.logger.close()
+        """Steps until `config.steps` are done. Raises SyncError if the engines do not hold the learner's weights."""
+        try:
+            self.sync(version=self.first_step)  # engines start from files, not from the learner
+            for step in range(self.first_step, self.config.steps):
+                self.run_step(step)
+        finally:
+            self.logger.close()
+
+    def run_step(self, step: int) -> None:
+        groups = self.rollout(step)
+        scores = self.score(groups, step)
+        samples, counts = build_samples(
+            groups, scores, temperature=self.config.temperature, scale=self.config.advantage_scale
+        )
+        report = self.update(samples, step)
+        drift = self.sync(version=step + 1)
+        metrics = batch_metrics(groups, scores) | counts | report | {"sync/probe_difference": drift}
+        self.log(step, metrics, groups, scores)
+        self.save_if_due(step)
 
     def rollout(self, step: int) -> list[CompletionGroup]:
         with _Clock(self._seconds, "rollout"):
@@ -174,7 +188,7 @@ class GRPOTrainer:
         }
         self.logger.log(step, metrics)
         if self.config.log_groups_every and step % self.config.log_groups_every == 0:
-            append_groups(self.run_dir / "groups.jsonl", step, groups, scores, self.decode)
+            append_rows(self.run_dir / "groups.jsonl", group_rows(step, groups, scores, self.decode))
         self.on_step(step, metrics)
 
     def save_if_due(self, step: int) -> None:
@@ -197,9 +211,13 @@ class _Clock:
 
 
 def batch_metrics(groups: Sequence[CompletionGroup], scores: Sequence[Sequence[Score]]) -> dict[str, float]:
-    """Means over a batch: reward, each reward function's own value, metrics and failures, lengths, finish reasons."""
-    flat = [score for group_scores in scores for score in group_scores]
+    """Means over a batch: reward, each reward function's own value, metrics and failures, lengths, finish reasons.
+
+    Completions that the engine could not finish take no part in the rewards' means.
+    """
     completions = [completion for group in groups for completion in group.completions]
+    scored = zip(completions, (score for of_group in scores for score in of_group), strict=True)
+    flat = [score for completion, score in scored if completion.finish_reason is not FinishReason.ERROR]
     values = [score.value for score in flat if score.value is not None]
     named: dict[str, list[float]] = {}
     for score in flat:
@@ -211,29 +229,27 @@ def batch_metrics(groups: Sequence[CompletionGroup], scores: Sequence[Sequence[S
         **{name: sum(of_name) / len(of_name) for name, of_name in named.items()},
         **{f"reward/{name}": share for name, share in failure_shares(flat).items()},
         **{f"seconds/reward/{name}": seconds for name, seconds in reward_seconds(flat).items()},
-        "reward/errors": sum(score.status.is_failure() for score in flat) / len(flat),
+        "reward/errors": sum(score.status.is_failure() for score in flat) / max(1, len(flat)),
         "completion/tokens": sum(len(completion.token_ids) for completion in completions) / len(completions),
         "completion/truncated": truncated / len(completions),
     }
 
 
-def append_groups(
-    path: Path, step: int, groups: Sequence[CompletionGroup], scores: Sequence[Sequence[Score]], decode: Decode
-) -> None:
-    """One JSON line per group: the prompt, and each completion's text, reward, metrics, details and finish reason."""
-    with path.open("a") as file:
-        for group, group_scores in zip(groups, scores, strict=True):
-            texts = decode([completion.token_ids for completion in group.completions])
-            rows = [
-                {
-                    "text": text,
-                    "reward": score.value,
-                    "metrics": dict(score.metrics),
-                    "info": dict(score.info),
-                    "finish_reason": completion.finish_reason,
-                    "policy_version": completion.policy_version,
-                }
-                for text, completion, score in zip(texts, group.completions, group_scores, strict=True)
-            ]
-            record = {"step": step, "prompt_id": group.prompt.id, "prompt": group.prompt.text, "completions": rows}
-            file.write(json.dumps(record, default=str) + "\n")
+def group_rows(
+    step: int, groups: Sequence[CompletionGroup], scores: Sequence[Sequence[Score]], decode: Decode
+) -> Iterator[dict[str, Any]]:
+    """One row per group: the prompt, and each completion's text, reward, metrics, details and finish reason."""
+    for group, group_scores in zip(groups, scores, strict=True):
+        texts = decode([completion.token_ids for completion in group.completions])
+        completions = [
+            {
+                "text": text,
+                "reward": score.value,
+                "metrics": dict(score.metrics),
+                "info": dict(score.info),
+                "finish_reason": completion.finish_reason,
+                "policy_version": completion.policy_version,
+            }
+            for text, completion, score in zip(texts, group.completions, group_scores, strict=True)
+        ]
+        yield {"step": step, "prompt_id": group.prompt.id, "prompt": group.prompt.text, "completions": completions}

@@ -1,21 +1,39 @@
-"""The DeepSeek-V3 model, its parts and its checkpoints. Imports nothing else of this project.
+"""The DeepSeek-V3 model, its parts and its checkpoints, and other causal models behind the same interface.
 
-from models import DeepseekV3Config, DeepseekV3ForCausalLM, SequenceLayout, load_pretrained, save_pretrained
+Imports nothing else of this project.
+
+    model = models.from_pretrained("checkpoint_dir", dtype=torch.float32, device="cpu")
+    logits_BSV = model.logits(tokens_BS)
+    models.save_pretrained(model, "out_dir")
 """
 
+from models.auto import (
+    CausalLM,
+    TransformersCausalLM,
+    from_pretrained,
+    hf_tensors,
+    load_hf_tensors,
+    save_pretrained,
+)
 from models.cache import LatentCache
-from models.checkpoint import hf_tensors, load_hf_tensors, load_pretrained, save_pretrained
+from models.checkpoint import load_pretrained
 from models.config import DeepseekV3Config, RopeParameters
 from models.packing import SequenceLayout
+from models.presets import PRESETS, find_config
 from models.transformer import DeepseekV3ForCausalLM, ModelOutput
 
 __all__ = [
+    "PRESETS",
+    "CausalLM",
     "DeepseekV3Config",
     "DeepseekV3ForCausalLM",
     "LatentCache",
     "ModelOutput",
     "RopeParameters",
     "SequenceLayout",
+    "TransformersCausalLM",
+    "find_config",
+    "from_pretrained",
     "hf_tensors",
     "load_hf_tensors",
     "load_pretrained",

@@ -3,7 +3,7 @@
 Both read the same parameters, named as in the checkpoint. Naive expands the latent to keys and values per head;
 absorbed moves that expansion onto the query and the output, so that one latent per token is all it needs of the past.
 
-Shapes: T tokens, B sequences, S positions, D hidden, H heads, C kv latent, R rotary and
+Shapes: T tokens, B sequences, M new tokens of a sequence, S positions, D hidden, H heads, C kv latent, R rotary and
 U unrotated part of a query or key head, W value head.
 """
 
@@ -31,10 +31,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = nn.Linear(hidden, query_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=config.latent_norm_eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps)
+        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=config.latent_norm_eps)
         kv_width = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, kv_width, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.v_head_dim, hidden, bias=False)
@@ -56,23 +56,29 @@ class MultiHeadLatentAttention(nn.Module):
         out_BHSW = F.scaled_dot_product_attention(q_BHS, k_BHS, v_BHS, is_causal=True, scale=self.scale)
         return self.o_proj(layout.unpad(out_BHSW.transpose(1, 2)).flatten(1))
 
-    def decode(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
-        """Absorbed form: one new token per sequence attends to the cached latents and itself, [B, D] -> [B, D]."""
-        q_nope_BHU, q_pe_BHR, kv_c_BC, k_pe_BR = self._project(x_BD, rope)
-        cache.append(self.layer, kv_c_BC, k_pe_BR)
-        longest = int(cache.lengths_B.max()) + 1
+    def decode(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
+        """Absorbed form: M new tokens of each sequence attend to the cached latents, themselves and each other.
+
+        [T, D] -> [T, D] with T = B * M, the sequences of the cache one after the other. What it appends becomes part of
+        the cache by `advance`, once, after the last layer.
+        """
+        num_new = len(x_TD) // len(cache.lengths_B)
+        q_nope_BMHU, q_pe_BMHR, kv_c_BMC, k_pe_BMR = (x.unflatten(0, (-1, num_new)) for x in self._project(x_TD, rope))
+        cache.append(self.layer, kv_c_BMC, k_pe_BMR)
+        longest = int(cache.lengths_B.max()) + num_new
         kv_c_BSC, k_pe_BSR = cache.kv_c_LBSC[self.layer][:, :longest], cache.k_pe_LBSR[self.layer][:, :longest]
         up_HXC = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
         up_k_HUC, up_v_HWC = up_HXC.split([self.dims[0], self.v_head_dim], dim=1)
 
-        q_c_BHC = torch.einsum("bhu,huc->bhc", q_nope_BHU, up_k_HUC)
-        scores_BHS = torch.einsum("bhc,bsc->bhs", q_c_BHC, kv_c_BSC) + torch.einsum("bhr,bsr->bhs", q_pe_BHR, k_pe_BSR)
-        future_BS = torch.arange(longest, device=x_BD.device) > cache.lengths_B[:, None]
-        scores_BHS = (scores_BHS * self.scale).masked_fill(future_BS[:, None, :], float("-inf"))
-        weights_BHS = scores_BHS.softmax(dim=-1, dtype=torch.float32).to(x_BD.dtype)
-        out_c_BHC = torch.einsum("bhs,bsc->bhc", weights_BHS, kv_c_BSC)
-        out_BHW = torch.einsum("bhc,hwc->bhw", out_c_BHC, up_v_HWC)
-        return self.o_proj(out_BHW.flatten(1))
+        q_c_BMHC = torch.einsum("bmhu,huc->bmhc", q_nope_BMHU, up_k_HUC)
+        scores_BMHS = torch.einsum("bmhc,bsc->bmhs", q_c_BMHC, kv_c_BSC)
+        scores_BMHS = scores_BMHS + torch.einsum("bmhr,bsr->bmhs", q_pe_BMHR, k_pe_BSR)
+        future_BMS = torch.arange(longest, device=x_TD.device) > cache.next_positions(num_new)[:, :, None]
+        scores_BMHS = (scores_BMHS * self.scale).masked_fill(future_BMS[:, :, None], float("-inf"))
+        weights_BMHS = scores_BMHS.softmax(dim=-1, dtype=torch.float32).to(x_TD.dtype)
+        out_c_BMHC = torch.einsum("bmhs,bsc->bmhc", weights_BMHS, kv_c_BSC)
+        out_BMHW = torch.einsum("bmhc,hwc->bmhw", out_c_BMHC, up_v_HWC)
+        return self.o_proj(out_BMHW.reshape(len(x_TD), -1))
 
     def _project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries per head (plain and rotated part), normalised latent, and the rotated key that all heads share."""

@@ -1,7 +1,9 @@
 """The latent key-value cache of MLA: per token and layer one normalised latent and one rotated shared key.
 
-Shapes: B sequences, S positions, C kv latent, R rotary dimensions.
+Shapes: B sequences, M new tokens of a sequence, S positions, C kv latent, R rotary dimensions.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,18 +13,32 @@ from models.packing import SequenceLayout
 
 
 class LatentCache:
-    """Right-padded cache of B sequences; `lengths_B` counts what is valid in each row."""
+    """Right-padded cache of B sequences; `lengths_B` counts what is valid in each row. Holds the main model's layers,
+    or those named in `layers`.
+    """
 
     def __init__(
-        self, config: DeepseekV3Config, num_sequences: int, max_length: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: DeepseekV3Config,
+        num_sequences: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: Sequence[int] | None = None,
     ) -> None:
-        def empty(width: int) -> list[Tensor]:
+        def empty(width: int) -> dict[int, Tensor]:
             shape = (num_sequences, max_length, width)
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+            held = range(config.num_hidden_layers) if layers is None else layers
+            return {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in held}
 
         self.kv_c_LBSC = empty(config.kv_lora_rank)
         self.k_pe_LBSR = empty(config.qk_rope_head_dim)
         self.lengths_B = torch.zeros(num_sequences, dtype=torch.long, device=device)
+
+    def next_positions(self, num_new: int) -> Tensor:
+        """[B, M] positions of the tokens that come next in each sequence."""
+        return self.lengths_B[:, None] + torch.arange(num_new, device=self.lengths_B.device)
 
     def fill(self, layer: int, layout: SequenceLayout, kv_c_TC: Tensor, k_pe_TR: Tensor) -> None:
         """Stores a layer's whole prompts; `advance` is called once, after the last layer."""
@@ -30,17 +46,23 @@ class LatentCache:
         self.kv_c_LBSC[layer][:, :longest] = layout.pad(kv_c_TC)
         self.k_pe_LBSR[layer][:, :longest] = layout.pad(k_pe_TR)
 
-    def append(self, layer: int, kv_c_BC: Tensor, k_pe_BR: Tensor) -> None:
-        """Stores one new token per sequence at its next position."""
-        rows_B = torch.arange(len(self.lengths_B), device=self.lengths_B.device)
-        self.kv_c_LBSC[layer][rows_B, self.lengths_B] = kv_c_BC
-        self.k_pe_LBSR[layer][rows_B, self.lengths_B] = k_pe_BR
+    def append(self, layer: int, kv_c_BMC: Tensor, k_pe_BMR: Tensor) -> None:
+        """Stores the next M tokens of every sequence behind what is valid."""
+        positions_BM = self.next_positions(kv_c_BMC.shape[1])
+        rows_B1 = torch.arange(len(positions_BM), device=positions_BM.device)[:, None]
+        self.kv_c_LBSC[layer][rows_B1, positions_BM] = kv_c_BMC
+        self.k_pe_LBSR[layer][rows_B1, positions_BM] = k_pe_BMR
 
     def advance(self, num_tokens_B: Tensor | int) -> None:
         self.lengths_B = self.lengths_B + num_tokens_B
 
+    def truncate(self, lengths_B: Tensor) -> None:
+        """Forgets what lies behind these lengths; each sequence may lose another number of tokens, none may gain."""
+        assert bool((lengths_B <= self.lengths_B).all()), f"cannot truncate {self.lengths_B} to {lengths_B}"
+        self.lengths_B = lengths_B
+
     def select(self, rows: Tensor) -> None:
         """Keeps these sequences, in this order; a row may be named several times (one prompt, many samples)."""
-        self.kv_c_LBSC = [x.index_select(0, rows) for x in self.kv_c_LBSC]
-        self.k_pe_LBSR = [x.index_select(0, rows) for x in self.k_pe_LBSR]
+        self.kv_c_LBSC = {layer: x.index_select(0, rows) for layer, x in self.kv_c_LBSC.items()}
+        self.k_pe_LBSR = {layer: x.index_select(0, rows) for layer, x in self.k_pe_LBSR.items()}
         self.lengths_B = self.lengths_B.index_select(0, rows)

@@ -1,28 +1,34 @@
-"""Hugging Face checkpoints of DeepseekV3ForCausalLM, in and out: `config.json` and `model.safetensors`.
+"""Hugging Face checkpoints of DeepseekV3ForCausalLM, in and out: `config.json` and safetensors, sharded when large.
 
-On disk every routed expert has its own gate, up and down matrix; in memory a layer's experts are stacked. That is the
-only difference between the two sets of names. Loading is strict: each missing, unexpected or misshapen tensor is named.
+On disk every routed expert has its own gate, up and down matrix; in memory a layer's experts are stacked. A tied head
+is absent on disk; prediction modules carry copies of embedding and head there. Everything streams: beside the model,
+saving holds one shard at most and loading one tensor. Loading is strict: each tensor that is missing, unexpected,
+misshapen or given twice is named, before memory is taken for the model.
 
     save_pretrained(model, "out_dir")
-    model = load_pretrained("out_dir", dtype=torch.float32)
+    model = load_pretrained("out_dir", dtype=torch.bfloat16)
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.config import DeepseekV3Config
+from models.config import DeepseekV3Config, ScaleFormat
+from models.fp8 import quantization_config, quantize_tensors, read_weight, weight_names
+from models.rope import RotaryTable, inverse_frequencies
+from models.shards import DEFAULT_SHARD_BYTES, TensorFiles, refuse, write_shards
 from models.transformer import DeepseekV3ForCausalLM
 
-_INDEX_NAME = "model.safetensors.index.json"
+_MISFIT = "tensors do not fit the model"
 
 
 def hf_tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
@@ -38,54 +44,73 @@ def hf_tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
             prefix = name.removesuffix(".down_proj")
             for expert, down in enumerate(tensor):
                 yield f"{prefix}.{expert}.down_proj.weight", down
-        else:
+        elif name != "lm_head.weight" or not model.config.tie_word_embeddings:
             yield name, tensor
+    for module in model.model.prediction_modules():  # vLLM reads embedding and head of each from its own names
+        prefix = f"model.layers.{module.self_attn.layer}"
+        yield f"{prefix}.embed_tokens.weight", model.model.embed_tokens.weight.detach()
+        yield f"{prefix}.shared_head.head.weight", model.lm_head.weight.detach()
 
 
 @torch.no_grad()
 def load_hf_tensors(model: DeepseekV3ForCausalLM, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Copies checkpoint tensors into the model, in the model's dtypes.
 
-    Raises ValueError naming every tensor that is missing, unexpected, given twice or of another shape; what was right
-    has been copied by then, so a model that raised must not be used.
+    Raises ValueError naming every tensor that is missing, unexpected, given twice, of another shape, or that differs
+    from one it shares its memory with; what was right has been copied by then, so a model that raised must not be used.
     """
     targets = dict(hf_tensors(model))  # views: copying into them fills the stacked parameters
-    problems, seen = [], set()
+    problems: list[str] = []
+    seen: set[str] = set()
+    filled: dict[int, str] = {}  # address -> name: a prediction module's embedding and head are the main model's
     for name, tensor in tensors:
-        if name not in targets:
-            problems.append(f"unexpected {name}")
-        elif name in seen:
+        target = targets.get(name)
+        if name in seen:
             problems.append(f"given twice {name}")
-        elif targets[name].shape != tensor.shape:
-            problems.append(f"{name} has shape {list(tensor.shape)}, the config needs {list(targets[name].shape)}")
-        else:
-            targets[name].copy_(tensor)
+        elif target is None:
+            problems.append(f"unexpected {name}")
+        elif target.shape != tensor.shape:
+            problems.append(_misshapen(name, tuple(tensor.shape), target))
+        elif not tensor.is_floating_point() or tensor.element_size() < 2:
+            problems.append(f"{name} has dtype {tensor.dtype}, floats of 16 bits or more are due")
+        elif (first := filled.setdefault(target.data_ptr(), name)) == name:
+            target.copy_(tensor)
+        elif not torch.equal(target, tensor.to(target)):
+            problems.append(f"{name} differs from {first}, the model has one parameter for both")
         seen.add(name)
     problems += [f"missing {name}" for name in targets if name not in seen]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{source}: {len(problems)} tensors do not fit the model: {shown}")
+    refuse(problems, source, _MISFIT)
+
+
+def _misshapen(name: str, shape: tuple[int, ...], target: Tensor) -> str:
+    return f"{name} has shape {list(shape)}, the config needs {list(target.shape)}"
 
 
 @contextmanager
 def replace_folder(folder: str | Path) -> Iterator[Path]:
     """Yields an empty folder beside `folder` and puts it in its place when the block ends without an error.
 
-    A crash at any moment leaves either the old folder or the new one whole, never a mixture.
+    After a crash at any moment the old content or the new is there whole, never a mixture. In the instant between the
+    two renames it has the hidden name `.NAME.old`; the next call finds it there and puts it back first.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir()
     try:
         yield fresh
-    except BaseException:
+        for path in [*fresh.rglob("*"), fresh]:
+            _flush_to_disk(path)
+    except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message = f"the disk is full: {folder} was not written, what stood there before is untouched; free space"
+            raise OSError(errno.ENOSPC, message) from error
         raise
-    for path in [*fresh.rglob("*"), fresh]:
-        _flush_to_disk(path)
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
@@ -101,63 +126,119 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_checkpoint(model: DeepseekV3ForCausalLM, folder: Path) -> None:
-    """Writes `config.json` and `model.safetensors` into an existing folder."""
+def write_checkpoint(
+    model: DeepseekV3ForCausalLM,
+    folder: Path,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    fp8: ScaleFormat | None = None,
+) -> None:
+    """Writes `config.json` and the tensors into an existing folder; with `fp8`, matrices as FP8 blocks.
+
+    Peak extra memory is about one shard for a model on an accelerator or in FP8, next to nothing for one on the CPU,
+    whose parameters are written from where they are.
+    """
     config = model.config.to_dict() | {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
+    tensors = hf_tensors(model)
+    if fp8 is not None:
+        config["quantization_config"] = quantization_config(fp8)
+        tensors = quantize_tensors(tensors, fp8)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(model)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_shards(folder, tensors, max_shard_bytes)
 
 
-def save_pretrained(model: DeepseekV3ForCausalLM, folder: str | Path) -> None:
+def save_pretrained(
+    model: DeepseekV3ForCausalLM,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    fp8: ScaleFormat | None = None,
+) -> None:
     """Writes a checkpoint that transformers and vLLM load; an existing folder is replaced whole, or not at all."""
     with replace_folder(folder) as fresh:
-        write_checkpoint(model, fresh)
+        write_checkpoint(model, fresh, max_shard_bytes=max_shard_bytes, fp8=fp8)
 
 
 def load_pretrained(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    drop_mtp: bool = False,
 ) -> DeepseekV3ForCausalLM:
-    """Builds the model of `config.json` and fills it from safetensors; the router's bias stays float32.
+    """Builds the model of `config.json` and fills it from safetensors, FP8 blocks dequantised.
 
-    Raises FileNotFoundError for a missing file and ValueError for tensors that do not fit, naming them.
+    Every parameter is allocated once, in `dtype` on `device`, and filled tensor by tensor; the router's bias stays
+    float32. `drop_mtp` leaves prediction modules out. Raises FileNotFoundError for a missing file and ValueError for
+    tensors that do not fit, naming them.
     """
     folder = Path(folder)
     config = DeepseekV3Config.load(folder)
-    model = DeepseekV3ForCausalLM(config).to(device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    load_hf_tensors(model, read_tensors(folder), source=str(folder))
+    if drop_mtp:
+        config = replace(config, num_nextn_predict_layers=0)
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(config)
+    files = TensorFiles(folder)
+    names = [n for n in weight_names(files) if not (drop_mtp and layer_of(n) >= config.num_hidden_layers)]
+    _check_fit(model, files, names)
+    _allocate(model, dtype, torch.device(device))
+    load_hf_tensors(model, ((name, read_weight(files, name)) for name in names), source=str(folder))
     return model
 
 
+def layer_of(name: str) -> int:
+    """The layer that a checkpoint tensor belongs to, -1 for embedding, final norm and head."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def _check_fit(model: DeepseekV3ForCausalLM, files: TensorFiles, names: list[str]) -> None:
+    """Compares the headers with a model that has no memory yet; raises ValueError naming each misfit."""
+    targets = dict(hf_tensors(model))
+    config = model.config
+    unexpected = [name for name in names if name not in targets]
+    beyond = sorted({layer_of(name) for name in unexpected if layer_of(name) >= config.num_hidden_layers})
+    if beyond and config.num_nextn_predict_layers == 0:
+        raise ValueError(
+            f"{files.folder}: holds multi-token-prediction layers {beyond}, but num_nextn_predict_layers is 0 in "
+            f"config.json: set it to {len(beyond)} to use them, pass drop_mtp=True, or remove them for good with "
+            "`grpo convert --mtp drop`"
+        )
+    problems = [f"unexpected {name}" for name in unexpected]
+    problems += [
+        _misshapen(name, files.tensors[name].shape, targets[name])
+        for name in names
+        if name in targets and files.tensors[name].shape != tuple(targets[name].shape)
+    ]
+    present = set(names)
+    problems += [f"missing {name}" for name in targets if name not in present]
+    refuse(problems, str(files.folder), _MISFIT)
+
+
+def _allocate(model: DeepseekV3ForCausalLM, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a model on the meta device its memory, for a checkpoint to fill; parameters that were one stay one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
+            setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+        if isinstance(module, RotaryTable):  # no checkpoint holds its frequencies
+            rope = model.config.rope_parameters
+            module.inverse_frequencies_R = inverse_frequencies(model.config.qk_rope_head_dim, rope).to(device)
+        else:
+            assert not module._non_persistent_buffers_set, f"{type(module).__name__} has a buffer that nothing fills"
+
+
 def tensor_shapes(folder: str | Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor on disk, read from the file headers alone."""
-    shapes = {}
-    for path in _tensor_files(Path(folder)):
-        with safe_open(path, framework="pt") as shard:
-            shapes |= {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
-    return shapes
+    """Name -> shape of every tensor on disk, scales of FP8 blocks included, read from the file headers alone."""
+    return {name: list(tensor.shape) for name, tensor in TensorFiles(folder).tensors.items()}
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors on disk, one at a time."""
-    for path in _tensor_files(folder):
-        with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                yield name, shard.get_tensor(name)
-
-
-def _tensor_files(folder: Path) -> list[Path]:
-    """The files of a single-file or sharded checkpoint. Raises FileNotFoundError naming the one that is absent."""
-    index, single = folder / _INDEX_NAME, folder / "model.safetensors"
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    elif single.is_file():
-        files = [single]
-    else:
-        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor {_INDEX_NAME}")
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is named by {_INDEX_NAME} but does not exist")
-    return files
+def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a checkpoint, one at a time, FP8 blocks dequantised to float32."""
+    files = TensorFiles(folder)
+    for name in weight_names(files):
+        yield name, read_weight(files, name)

@@ -4,12 +4,24 @@ expert.
 Shapes: T tokens, D hidden, E routed experts, K experts per token, F expert width.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import DeepseekV3Config
 from models.packing import take_rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """What one layer's router decided."""
+
+    ids_TK: Tensor
+    """[T, K] chosen experts."""
+    scores_TE: Tensor
+    """[T, E] affinities of all experts, float32, with gradient."""
 
 
 class FeedForward(nn.Module):
@@ -34,25 +46,35 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        # Steers the selection only, never the weights: a buffer, not a trained parameter.
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        if config.has_correction_bias:
+            # Steers the selection only, never the weights: a buffer, not a trained parameter.
+            bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", bias_E)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> expert ids [T, K] and their mixing weights [T, K] (float32, gradient into the gate)."""
+    def forward(self, x_TD: Tensor, replay_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> expert ids [T, K], their mixing weights [T, K] and all scores [T, E], float32.
+
+        With `replay_TK`, experts recorded elsewhere are taken instead of chosen; their weights still come from the
+        current scores, so gradients reach the gate (rollout routing replay, arXiv:2510.11370).
+        """
         config = self.config
-        scores_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
-        ids_TK = self._select(scores_TE.detach() + self.e_score_correction_bias)
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        scores_TE = logits_TE.sigmoid() if config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
+        ids_TK = self._select(scores_TE.detach()) if replay_TK is None else replay_TK.long()
         weights_TK = scores_TE.gather(1, ids_TK)
         if config.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return ids_TK, weights_TK * config.routed_scaling_factor
+        return ids_TK, weights_TK * config.routed_scaling_factor, scores_TE
 
     def _select(self, choice_TE: Tensor) -> Tensor:
-        """Group-limited top-k: groups are ranked by the sum of their two best experts."""
+        """Group-limited top-k. A group's score is the sum of its two best experts (V3) or its best (V2)."""
         config = self.config
-        if config.topk_group < config.n_group:
+        if config.has_correction_bias:
+            choice_TE = choice_TE + self.e_score_correction_bias
+        if config.topk_group < config.n_group and config.topk_method != "greedy":
             grouped_TGX = choice_TE.unflatten(1, (config.n_group, -1))
-            group_scores_TG = grouped_TGX.topk(2, dim=-1).values.sum(-1)
+            best = 2 if config.has_correction_bias else 1
+            group_scores_TG = grouped_TGX.topk(best, dim=-1).values.sum(-1)
             kept = group_scores_TG.topk(config.topk_group, dim=-1).indices
             dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(1, kept, False)
             choice_TE = grouped_TGX.masked_fill(dropped_TG[..., None], float("-inf")).flatten(1)
@@ -103,20 +125,15 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = RoutedExperts(config)
-        self.shared_experts = FeedForward(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            shared_width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = FeedForward(config.hidden_size, shared_width)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> output [T, D] and the chosen experts [T, K]."""
-        ids_TK, weights_TK = self.gate(x_TD)
-        return self.experts(x_TD, ids_TK, weights_TK) + self.shared_experts(x_TD), ids_TK
-
-
-@torch.no_grad()
-def update_correction_bias(router: Router, load_E: Tensor, speed: float) -> None:
-    """Auxiliary-loss-free balancing (arXiv:2408.15664): an expert above the mean load gets a smaller bias, below a
-    larger.
-
-    Call once per optimizer step with the load over the whole global batch. Not during RL: a moving bias changes the
-    policy between rollout and update.
-    """
-    router.e_score_correction_bias += speed * torch.sign(load_E.mean() - load_E)
+    def forward(self, x_TD: Tensor, replay_TK: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """[T, D] -> output [T, D] and how it was routed; `replay_TK` as in `Router.forward`."""
+        ids_TK, weights_TK, scores_TE = self.gate(x_TD, replay_TK)
+        out_TD = self.experts(x_TD, ids_TK, weights_TK)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        return out_TD, Routing(ids_TK=ids_TK, scores_TE=scores_TE)

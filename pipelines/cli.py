@@ -5,12 +5,17 @@
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
     grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
+    grpo model info DIR|PRESET
+    grpo convert SRC --out DST --to bf16|fp8|fp32
 
 `--engine native` is short for `--engine.kind native`, `--steps` for `--trainer.steps`.
 Flags beat the config file, the file beats the recipe. Exit status: 0 done, 1 the run failed or did not learn, 2 wrong
 input.
 """
 
+import contextlib
+import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -43,7 +48,9 @@ class Command:
 
 def _commands() -> dict[str, Command]:
     """Imported late, so that `grpo --help` does not wait for torch."""
+    from pipelines.convert import ConvertConfig, run_convert
     from pipelines.evaluate import EvalConfig, run_eval
+    from pipelines.model_info import ModelInfoConfig, run_model_info
     from pipelines.pretrain import PretrainConfig, run_pretrain
     from pipelines.quickstart import QuickstartConfig, run_quickstart
     from pipelines.recipes import PRETRAIN_RECIPES, ZERO_RECIPES
@@ -61,6 +68,11 @@ def _commands() -> dict[str, Command]:
         ),
         "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),
         "reward": _reward_command(),
+        # What to do with the model stands where other commands name their recipe.
+        "model": Command(config=ModelInfoConfig, recipes={"info": ModelInfoConfig}, run=run_model_info),
+        "convert": Command(
+            config=ConvertConfig, recipes={"default": lambda: ConvertConfig(source="", out="")}, run=run_convert
+        ),
     }
 
 
@@ -86,39 +98,69 @@ def _expand_short_flags(arguments: list[str], names: list[str]) -> list[str]:
     return expanded
 
 
-def parse(command: Command, arguments: Sequence[str]) -> Any:
+def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> Any:
     """The configuration that recipe, config file and flags together ask for. Raises ValueError for an unknown key."""
     import tyro
 
-    from pipelines.config import did_you_mean, read_config
+    from pipelines.config import did_you_mean, flat_fields, read_config
 
     rest = list(arguments)
     recipe = next(iter(command.recipes))
-    if rest and not rest[0].startswith("-"):
+    if rest and not rest[0].startswith("-") and (len(command.recipes) > 1 or rest[0] in command.recipes):
         recipe = rest.pop(0)
         if recipe not in command.recipes:
             raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(command.recipes)}")
     default = command.recipes[recipe]()
-    if "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise ValueError("--config needs a file")
-        default = read_config(type(default), Path(rest[at + 1]), default)
-        del rest[at : at + 2]
-    names = _field_names(default)
+    if path := _take_config_flag(rest):
+        default = read_config(type(default), path, default)
+    names = list(flat_fields(default))
     rest = _expand_short_flags(rest, names)
-    config, unknown = tyro.cli(type(default), args=rest, default=default, return_unknown_args=True)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config, unknown = tyro.cli(
+                type(default),
+                prog=program,
+                args=rest,
+                default=default,
+                return_unknown_args=True,
+                description=_description(command, type(default)),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_first_message(errors.getvalue())) from None
+        raise  # --help has been printed
     if unknown:
         flags = [f"--{name.replace('_', '-')}" for name in names]
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], flags)}")
     return config
 
 
-def _field_names(config: Any, prefix: str = "") -> list[str]:
-    names = []
-    for name, value in vars(config).items():
-        names += _field_names(value, f"{prefix}{name}.") if hasattr(value, "__dataclass_fields__") else [prefix + name]
-    return names
+def _take_config_flag(arguments: list[str]) -> Path | None:
+    """Removes `--config FILE` or `--config=FILE` from the arguments; the file, None without the flag."""
+    for at, argument in enumerate(arguments):
+        if argument == "--config":
+            if at + 1 == len(arguments):
+                raise ValueError("--config needs a file")
+            del arguments[at]
+            return Path(arguments.pop(at))
+        if argument.startswith("--config="):
+            return Path(arguments.pop(at).removeprefix("--config="))
+    return None
+
+
+def _description(command: Command, config: Any) -> str:
+    """What `--help` says above the fields."""
+    recipes = f" Recipes, as the first word: {', '.join(command.recipes)}." if len(command.recipes) > 1 else ""
+    return f"{config.__doc__}{recipes} --config FILE.yaml gives fields; flags beat the file."
+
+
+def _first_message(box: str) -> str:
+    """The first paragraph inside the box that tyro draws around an error, as one line."""
+    lines = [line.strip(" \u2502") for line in box.splitlines()]
+    inside = [line for line in lines if not line.startswith("\u256d")]
+    paragraph = itertools.takewhile(lambda line: line and line[0] not in "\u2500\u2570", inside)
+    return " ".join(paragraph)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,11 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = commands[arguments[0]]
     try:
-        result = command.run(parse(command, arguments[1:]))
+        result = command.run(parse(command, arguments[1:], f"grpo {arguments[0]}"))
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        return 1
     except (ValueError, OSError) as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise
-        print(f"grpo: error: {error}", file=sys.stderr)
+        print(f"grpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
 

@@ -23,7 +23,9 @@ def read_config(cls: type[T], path: Path, default: T) -> T:
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} not found")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file; a config file is YAML or JSON") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -41,7 +43,10 @@ def _merge(base: dict[str, Any], values: dict[str, Any], source: str, prefix: tu
     for key, value in values.items():
         name = ".".join((*prefix, str(key)))
         if key not in base:
-            raise ValueError(f"{source}: unknown key {name!r}{did_you_mean(str(key), base)}")
+            known = [".".join((*prefix, field)) for field in base]
+            raise ValueError(f"{source}: unknown key {name!r}{did_you_mean(name, known)}")
+        if isinstance(value, bool) and isinstance(base[key], int | float) and not isinstance(base[key], bool):
+            raise ValueError(f"{source}: {name}: should be a number, got {value}")
         if isinstance(base[key], dict):
             if not isinstance(value, dict):
                 raise ValueError(f"{source}: {name} is a section with fields {', '.join(base[key])}, got {value!r}")
@@ -64,6 +69,18 @@ def describe_error(error: ValidationError) -> str:
     if isinstance(first.get("input"), dict):  # a whole section: its own message names the field
         return f"{where}: {message}" if where else message
     return f"{where}: {message}, got {first.get('input')!r}"
+
+
+def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of every field, sections opened: {"trainer.steps": 100, ...}."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flat_fields(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
 
 
 def write_config(config: Any, path: Path) -> None:

@@ -5,11 +5,16 @@ A malformed row is reported with its line number and the reason, counted, and sk
     rows = load_rows("train.jsonl.gz", split="train", check=task.check, max_bad_share=0.01, report=print)
 """
 
+import glob
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow
 
 Row = dict[str, Any]
 CheckRow = Callable[[Row], str | None]
@@ -46,14 +51,15 @@ def load_rows(
         else:
             bad.append((number, reason))
     total = len(good) + len(bad)
+    unit = "line" if Path(source).name.removesuffix(".gz").endswith((".jsonl", ".json")) else "row"
     for number, reason in bad[:_SHOWN]:
-        report(f"{source}, line {number}: {reason}")
+        report(f"{source}, {unit} {number}: {reason}")
     if bad:
         report(f"{source}: {len(bad)} of {total} rows are malformed")
     if len(bad) > max_bad_share * total:
         raise ValueError(
             f"{source}: {len(bad)} of {total} rows are malformed, more than the allowed share of {max_bad_share:g}; "
-            f"first: line {bad[0][0]}, {bad[0][1]}"
+            f"first: {unit} {bad[0][0]}, {bad[0][1]}"
         )
     if not good:
         raise ValueError(f"{source} has no rows")
@@ -62,13 +68,15 @@ def load_rows(
 
 def _read(source: str, split: str) -> Iterator[tuple[int, Row | str]]:
     """(number, row) pairs, or (number, reason) where a line is no row."""
+    if not source:
+        raise ValueError("no data given: add --data with a file or a hub id")
     path = Path(source)
     name = path.name.removesuffix(".gz")
     if path.is_file():
         if name.endswith((".jsonl", ".json")):
             yield from _read_json_lines(path)
         elif name.endswith(".parquet"):
-            yield from enumerate(_dataset("parquet", str(path)), 1)
+            yield from enumerate(_read_parquet(path), 1)
         else:
             raise ValueError(f"{source}: unknown kind of file; known: .jsonl, .json (one object a line), .parquet, .gz")
     elif source.count("/") != 1 or source.startswith((".", "/", "~")) or name.endswith(_FILE_ENDINGS):
@@ -78,24 +86,39 @@ def _read(source: str, split: str) -> Iterator[tuple[int, Row | str]]:
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
-    """Lines come through `datasets` as text, because its JSON reader cannot say which line is broken."""
-    for number, line in enumerate(_dataset("text", str(path)), 1):
-        text = line["text"].strip()
-        if not text:
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            yield number, f"not JSON ({error.msg} at column {error.colno})"
-            continue
-        yield number, row if isinstance(row, dict) else f"not a JSON object but {type(row).__name__}"
+    """Read here and not by `datasets`, whose JSON reader cannot say which line is broken."""
+    open_text = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _parse_line(line.removesuffix("\n"))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}); copy it again") from None
 
 
-def _dataset(kind: str, path: str) -> Any:
+def _parse_line(line: str) -> Row | str:
+    """The row, or the reason why the line is none."""
+    try:
+        line.encode()
+        row = json.loads(line)
+    except UnicodeEncodeError:  # a byte that is no UTF-8 was read as a lone surrogate
+        return "not UTF-8"
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg} at column {error.colno})"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        return f"not usable JSON ({str(error).split(';')[0]})"
+    return row if isinstance(row, dict) else f"not a JSON object but {type(row).__name__}"
+
+
+def _read_parquet(path: Path) -> Any:
     """Streamed, so that nothing is copied into a cache."""
     from datasets import load_dataset
 
-    return load_dataset(kind, data_files=path, split="train", streaming=True)
+    try:
+        yield from load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a parquet file ({error})") from None
 
 
 def _hub_dataset(source: str, split: str) -> Any:

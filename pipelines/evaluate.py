@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from grpo.samples import Decode, score_groups
@@ -55,6 +56,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
+        if self.limit < 0 or self.max_tokens < 0:
+            name = "limit" if self.limit < 0 else "max_tokens"
+            raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.data is None and task.make_rows is not None and self.limit < 1:
             raise ValueError(f"task {task.name} generates its problems: say how many with --limit")
 
@@ -153,7 +157,7 @@ def evaluate(
         num_problems=len(records),
         num_unscored=len(records) - len(scored),
         truncated=truncated / len(records),
-        metrics={n: sum(m.get(n, 0.0) for m in scored) / len(scored) for n in sorted(names)},
+        metrics={name: fmean(m[name] for m in scored if name in m) for name in sorted(names)},
         seconds=seconds,
         tokens_per_s=tokens / seconds,
         records=records,

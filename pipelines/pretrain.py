@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo.batch import TrainingSample, pack
-from grpo.learner import load_metrics
+from grpo.batch import MicroBatch, TrainingSample, pack
 from grpo.logprobs import token_logprobs
 from grpo.schedule import learning_rate
-from models import DeepseekV3ForCausalLM
+from models import DeepseekV3ForCausalLM, find_config
+from models.balance import load_metrics, update_correction_bias
 from models.checkpoint import replace_folder, write_checkpoint
-from models.moe import update_correction_bias
-from pipelines.architectures import architecture
+from models.moe import Routing
+from models.mtp import mtp_loss, prediction_routers
 from pipelines.config import write_config
 from pipelines.console import console, progress_bar
 from pipelines.data import Row, load_rows
@@ -61,14 +61,21 @@ class PretrainConfig:
     """Largest global gradient norm."""
     balance_speed: float = 1e-3
     """Change per step of the router's correction bias, which keeps the experts evenly loaded; 0 leaves it alone."""
+    mtp_weight: float = 0.0
+    """Weight of the loss of the multi-token-prediction modules, for an architecture that has some; DeepSeek-V3: 0.3."""
     token_budget: int = 8192
     """Tokens in one micro-batch."""
     max_bad_share: float = 0.01
     """Share of malformed rows that may be skipped."""
-    num_threads: int = 2
-    """CPU threads."""
+    num_threads: int = 1
+    """CPU threads; a second one pays for larger models and on idle cores only."""
     seed: int = 0
     """Of the weights and of the order of documents."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "documents_per_step", "token_budget", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
 
 def check_text(row: Row) -> str | None:
@@ -77,6 +84,10 @@ def check_text(row: Row) -> str | None:
 
 def run_pretrain(config: PretrainConfig) -> Path:
     """The whole of `grpo pretrain`; the folder of the checkpoint."""
+    if not config.out:
+        raise ValueError("no folder given for the checkpoint: add --out")
+    if Path(config.out).exists():
+        raise ValueError(f"{config.out} exists already; choose another --out")
     torch.set_num_threads(config.num_threads)
     rows = load_rows(
         config.data, split=config.split, check=check_text, max_bad_share=config.max_bad_share, report=console.print
@@ -88,7 +99,7 @@ def run_pretrain(config: PretrainConfig) -> Path:
     documents = [[*ids, end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     assert isinstance(end, int) and isinstance(tokenizer.pad_token_id, int)
     model = DeepseekV3ForCausalLM(
-        architecture(config.architecture, vocab_size=len(tokenizer), eos=end, pad=tokenizer.pad_token_id)
+        find_config(config.architecture).with_vocabulary(len(tokenizer), bos=None, eos=end, pad=tokenizer.pad_token_id)
     )
     model.init_weights(config.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -102,10 +113,19 @@ def run_pretrain(config: PretrainConfig) -> Path:
 
 
 def train(model: DeepseekV3ForCausalLM, documents: list[list[int]], config: PretrainConfig) -> None:
-    """Next-token prediction with AdamW; the router's bias follows the load of each whole batch."""
+    """Next-token prediction with AdamW; the router's bias follows the load of each whole batch.
+
+    Raises ValueError if `mtp_weight` and the model's prediction modules do not go together.
+    """
+    depths = model.config.num_nextn_predict_layers
+    if config.mtp_weight < 0 or (config.mtp_weight > 0) != (depths > 0):
+        raise ValueError(
+            f"mtp_weight={config.mtp_weight} for an architecture with {depths} prediction modules: with modules it "
+            "must be positive, without it must be 0 (num_nextn_predict_layers in config.json)"
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     batches = document_batches(documents, config.documents_per_step, config.seed)
-    routers = model.routers()
+    routers = model.routers() | prediction_routers(model)
     started, tokens = time.perf_counter(), 0
     with progress_bar("pretraining", config.steps) as bar:
         for step in range(config.steps):
@@ -118,17 +138,11 @@ def train(model: DeepseekV3ForCausalLM, documents: list[list[int]], config: Pret
             counts_LE = {layer: torch.zeros(model.config.n_routed_experts) for layer in routers}
             loss = 0.0
             for batch in pack(samples, config.token_budget, "token"):
-                output = model(batch.ids_T, batch.layout)
-                predictors_ND = output.hidden_TD.index_select(0, batch.predictors_N)
-                logprobs_N, _ = token_logprobs(
-                    predictors_ND, model.lm_head.weight, batch.targets_N, batch.temperatures_N
-                )
-                batch_loss = -(logprobs_N * batch.weights_N).sum()
-                batch_loss.backward()
-                loss += batch_loss.item()
+                batch_loss, routing = _backward(model, batch, config.mtp_weight)
+                loss += batch_loss
                 tokens += len(batch.ids_T)
-                for layer, ids_TK in output.expert_ids.items():
-                    counts_LE[layer] += torch.bincount(ids_TK.flatten(), minlength=len(counts_LE[layer]))
+                for layer, routed in routing.items():
+                    counts_LE[layer] += torch.bincount(routed.ids_TK.flatten(), minlength=len(counts_LE[layer]))
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(
@@ -141,6 +155,23 @@ def train(model: DeepseekV3ForCausalLM, documents: list[list[int]], config: Pret
             used = load_metrics(counts_LE)["moe/experts_used"] if counts_LE else 1.0
             rate = tokens / (time.perf_counter() - started)
             bar.advance(f"loss {loss:.3f}  experts in use {used:.0%}  {rate:,.0f} tokens/s")
+
+
+def _backward(model: DeepseekV3ForCausalLM, batch: MicroBatch, mtp_weight: float) -> tuple[float, dict[int, Routing]]:
+    """Adds a micro-batch's gradient; its next-token loss and how each layer routed it, prediction modules included."""
+    output = model(batch.ids_T, batch.layout)
+    predictors_ND = output.hidden_TD.index_select(0, batch.predictors_N)
+    logprobs_N, _ = token_logprobs(predictors_ND, model.lm_head.weight, batch.targets_N, batch.temperatures_N)
+    loss = -(logprobs_N * batch.weights_N).sum()
+    if not mtp_weight:
+        loss.backward()
+        return loss.item(), output.routing
+    target_weights_T = torch.zeros(len(batch.ids_T)).index_copy(0, batch.predictors_N + 1, batch.weights_N)
+    extra_loss, extra_routing = mtp_loss(
+        model, output, batch.ids_T, batch.layout, weight=mtp_weight, target_weights_T=target_weights_T
+    )
+    (loss + extra_loss).backward()
+    return loss.item(), output.routing | extra_routing
 
 
 def document_batches(documents: list[list[int]], size: int, seed: int) -> Iterator[list[list[int]]]:

@@ -17,6 +17,8 @@ from rollout.sample import Prompt
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Raises FileNotFoundError where the folder has no tokenizer, ValueError where it names no end-of-text token."""
+    if not folder:
+        raise ValueError("no model given: add --model with the folder of a Hugging Face checkpoint")
     if not (Path(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json: give the folder of a Hugging Face checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(folder)

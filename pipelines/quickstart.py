@@ -67,7 +67,7 @@ def run_quickstart(config: QuickstartConfig) -> int:
     zero = replace(config.zero, engine=config.zero.engine.resolved())
     if zero.engine.kind == "native" and config.zero.engine.kind == "auto":
         console.print("vLLM is not installed: sampling with the native engine")
-    console.print("[bold]1/4 text and base model[/bold]")
+    console.print("1/4 text and base model", style="bold")
     data = write_data(config, out / "data")
     base = run_pretrain(replace(config.pretrain, data=str(data["corpus"]), out=str(out / "base"), seed=config.seed))
     pretrain_seconds = time.perf_counter() - started
@@ -77,14 +77,14 @@ def run_quickstart(config: QuickstartConfig) -> int:
     )  # fmt: skip
     run = prepare(zero)
 
-    console.print("[bold]2/4 the base on held-out problems[/bold]")
+    console.print("2/4 the base on held-out problems", style="bold")
     with console.status("starting the engine"):
         pool = build_pool(zero.engine, zero.model)
     try:
         before = measure(pool, zero, data["heldout"], out / "before")
-        console.print("[bold]3/4 R1-Zero[/bold]")
+        console.print("3/4 R1-Zero", style="bold")
         train(run, pool)
-        console.print("[bold]4/4 the trained model on the same problems[/bold]")
+        console.print("4/4 the trained model on the same problems", style="bold")
         after = measure(pool, zero, data["heldout"], out / "after")
     finally:
         pool.close()
@@ -99,7 +99,7 @@ def run_quickstart(config: QuickstartConfig) -> int:
     show(summary)
     console.print(f"report {report}\nsummary {out / 'summary.json'}\nmodel {run.out / 'model'}")
     if not summary["learned"]:
-        console.print("[bold red]this run did not learn[/bold red]: accuracy or thinking did not clearly rise")
+        console.print("this run did not learn: accuracy or thinking did not clearly rise", style="bold red")
         return 1
     return 0
 

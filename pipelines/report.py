@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from grpo.metrics import read_metrics
+from grpo.metrics import read_metrics, read_rows
 
 _CURVES = (
     ("reward/math_answer", "accuracy on training problems"),
@@ -54,10 +54,9 @@ def curve(points: Sequence[tuple[float, float]], width: int = 360, height: int =
 
 def example_groups(run_dir: Path) -> list[dict[str, Any]]:
     """Three groups with right and wrong completions, if there are: of the first, a middle and the last logged step."""
-    path = run_dir / "groups.jsonl"
-    if not path.exists():
+    records = read_rows(run_dir / "groups.jsonl")
+    if not records:
         return []
-    records = [json.loads(line) for line in path.read_text().splitlines()]
     steps = sorted({record["step"] for record in records})
     chosen = []
     for step in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])):

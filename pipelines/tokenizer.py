@@ -22,7 +22,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Sequence[str
     sequence with constants.
     """
     if vocab_size < 256 + 2 + len(phrases):
-        raise ValueError(f"vocab_size must be at least {258 + len(phrases)} (256 bytes and the special tokens)")
+        raise ValueError(
+            f"vocab_size must be at least {258 + len(phrases)} (256 bytes and the special tokens), got {vocab_size}"
+        )
 
     def without_phrases() -> Iterable[str]:
         for text in texts:

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from grpo.learner import Learner, LearnerConfig
 from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import load_pretrained
-from models.checkpoint import replace_folder, write_checkpoint
-from pipelines.config import read_config, write_config
+from models.checkpoint import replace_folder, tensor_shapes, write_checkpoint
+from pipelines.config import flat_fields, read_config, write_config
 from pipelines.console import console, progress_bar
 from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
 from pipelines.tasks import get_task
@@ -25,7 +25,6 @@ from rewards import Rubric
 from rollout.engine import EngineConfig
 from rollout.pool import EnginePool, build_pool
 from rollout.prompts import PromptSource
-from rollout.sample import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +49,8 @@ class ZeroConfig:
     """Run folder."""
     resume: bool = False
     """Continue the run in `out` from its newest checkpoint."""
-    num_threads: int = 2
-    """CPU threads of the learner."""
+    num_threads: int = 1
+    """CPU threads of the learner; a second one pays for larger models and on idle cores only."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """The loop."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -61,6 +60,10 @@ class ZeroConfig:
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
+        if self.num_prompts < 0:
+            raise ValueError(f"num_prompts must be >= 0, got {self.num_prompts}")
+        if self.num_threads < 1:
+            raise ValueError(f"num_threads must be >= 1, got {self.num_threads}")
         if self.data is None and task.make_rows is not None and self.num_prompts < 1:
             raise ValueError(f"task {task.name} generates its problems: say how many with --num-prompts")
         if self.trainer.max_tokens >= self.engine.max_model_len:
@@ -86,7 +89,7 @@ class PreparedRun:
 
     config: ZeroConfig
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[Prompt]
+    prompts: PromptSource
     rubric: Rubric
     out: Path
 
@@ -94,8 +97,9 @@ class PreparedRun:
 def prepare(config: ZeroConfig) -> PreparedRun:
     """Reads data, tokenizer and rewards and opens the run folder. Raises ValueError or OSError with the remedy."""
     config = replace(config, engine=config.engine.resolved())
-    task = get_task(config.task)
     tokenizer = load_tokenizer(config.model)
+    tensor_shapes(config.model)  # are the weights there?
+    task = get_task(config.task)
     rubric = build_rubric(config.reward, task)
     rows = task_rows(
         task, config.data, split=config.split, count=config.num_prompts, seed=config.trainer.seed,
@@ -103,9 +107,11 @@ def prepare(config: ZeroConfig) -> PreparedRun:
     )  # fmt: skip
     room = config.engine.max_model_len - config.trainer.max_tokens
     prompts = build_prompts(rows, task, tokenizer, max_tokens=room, report=console.print)
+    source = PromptSource(prompts, config.trainer.seed)
+    source.batch(0, config.trainer.prompts_per_step)  # are there enough? Before a folder is made
     out = Path(config.out)
     open_run_folder(config, out)
-    return PreparedRun(config=config, tokenizer=tokenizer, prompts=prompts, rubric=rubric, out=out)
+    return PreparedRun(config=config, tokenizer=tokenizer, prompts=source, rubric=rubric, out=out)
 
 
 def open_run_folder(config: ZeroConfig, out: Path) -> None:
@@ -119,9 +125,10 @@ def open_run_folder(config: ZeroConfig, out: Path) -> None:
         return
     if not saved.exists():
         raise FileNotFoundError(f"{out} holds no run to resume (no config.json); start it without --resume")
-    started = replace(read_config(ZeroConfig, saved, default=config), resume=True)
-    if started != config:
-        changed = [name for name in vars(config) if getattr(started, name) != getattr(config, name)]
+    started = flat_fields(read_config(ZeroConfig, saved, default=config))
+    asked = flat_fields(config)
+    changed = [name for name in asked if name not in ("out", "resume") and asked[name] != started[name]]
+    if changed:
         raise ValueError(
             f"{out} was started with another {', '.join(changed)}; resume it with the configuration in {saved}"
         )
@@ -143,7 +150,7 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
     try:
         with progress_bar("training", config.trainer.steps) as bar:
             trainer = GRPOTrainer(
-                config.trainer, learner, engines, PromptSource(run.prompts, config.trainer.seed), run.rubric,
+                config.trainer, learner, engines, run.prompts, run.rubric,
                 decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
                 on_step=lambda step, metrics: bar.advance(console_line(metrics)),
             )  # fmt: skip

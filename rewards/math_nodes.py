@@ -37,6 +37,10 @@ class Refused(Exception):
     """The text is not an answer this package reads, or reading it would break one of its bounds; says which."""
 
 
+class Exhausted(Refused):
+    """The comparison has spent its budget; nothing that is left of it can be decided."""
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """One node of an answer; see the table above."""

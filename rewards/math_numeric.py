@@ -18,7 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.math_functions import Calculator, is_trigonometric
-from rewards.math_nodes import Node, Refused, walk
+from rewards.math_nodes import Exhausted, Node, Refused, walk
 from rewards.math_powers import MAX_BITS, exact_power
 
 MAX_MAGNITUDE, MAX_TERMS = 1_000_000, 2_000
@@ -52,7 +52,7 @@ class Budget:
         """Pay for one operation on numbers of `bits` bits."""
         self.units -= 1 + bits // 64 + (bits >> 9) ** 2
         if self.units < 0:
-            raise Refused("too much work")
+            raise Exhausted("too much work")
 
 
 @dataclass(slots=True)

@@ -5,10 +5,11 @@ This file does not know lists or sets; math_compare.py does.
 
 from fractions import Fraction
 
-from rewards.math_nodes import Node, Refused, canonical, num, symbols
+from rewards.math_nodes import Exhausted, Node, Refused, canonical, num, symbols
 from rewards.math_numeric import Budget, Env, Number, context, evaluate, to_float
 
 _SYMMETRIC = ("=", "!=")
+_FUNCTION_NAMES = frozenset(("phi", "psi", "Phi", "Psi", *"fghFGHPQSTUVW"))
 
 
 def named_value(node: Node) -> tuple[Node | None, Node] | None:
@@ -50,14 +51,19 @@ def is_label(node: Node) -> bool:
 
 def label_key(node: Node) -> str:
     """One text for names that mean the same: W(n) and W(x) are both the function W."""
-    if node.kind == "mul" and node.args[0].kind == "sym":
-        rest = node.args[1]
-        both_points = rest.kind == "sym" and str(rest.value).isupper() and str(node.args[0].value).isupper()
-        if not both_points and rest.kind in ("sym", "tuple"):
-            return str(node.args[0].value)
+    if _is_function(node):
+        return str(node.args[0].value)
     if node.kind == "call":
         return str(node.value)
     return canonical(node)
+
+
+def _is_function(label: Node) -> bool:
+    """True for W(n), which the parser reads as a product, but not for xy or AB."""
+    if label.kind != "mul" or label.args[0].kind != "sym" or label.args[0].value not in _FUNCTION_NAMES:
+        return False
+    argument = label.args[1]
+    return argument.kind == "tuple" or (argument.kind == "sym" and str(argument.value).islower())
 
 
 def renamed(gold: Node | None, predicted: Node | None, value: Node) -> Node:
@@ -69,7 +75,7 @@ def renamed(gold: Node | None, predicted: Node | None, value: Node) -> Node:
 
 
 def _argument(label: Node) -> Node | None:
-    if label.kind == "mul" and label.args[1].kind == "sym":
+    if _is_function(label) and label.args[1].kind == "sym":
         return label.args[1]
     return label.args[0] if label.kind == "call" and len(label.args) == 1 and label.args[0].kind == "sym" else None
 
@@ -101,6 +107,8 @@ def _factor(a: Node, b: Node, budget: Budget) -> Number | None:
     for point in range(8):
         try:
             x, y = (evaluate(node, Env(point=point, digits=100, budget=budget)) for node in (a, b))
+        except Exhausted:
+            raise
         except Refused:
             continue
         if isinstance(x, Fraction) != isinstance(y, Fraction):
@@ -136,6 +144,8 @@ def _same_solution(solved: Node, checked: Node, name: str, budget: Budget) -> bo
             if _substituted(checked, name, -values[0] / slope, point, budget) != 0:
                 return False
             agreed += 1
+        except Exhausted:
+            raise
         except Refused:
             continue
     return agreed >= 3

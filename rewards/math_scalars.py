@@ -12,7 +12,7 @@ This file compares one expression with another; math_compare.py takes answers ap
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rewards.math_nodes import Node, Refused, symbols, walk
+from rewards.math_nodes import Exhausted, Node, Refused, symbols, walk
 from rewards.math_numeric import DIGITS, INTEGER_POINTS, NUM_POINTS, Budget, Env, Number, context, evaluate, to_float
 
 
@@ -139,9 +139,9 @@ def _same_at_points(gold: Node, predicted: Node, budget: Budget) -> bool:
             else:
                 same = close(gold, predicted, point, budget)
                 is_complex = bool(getattr(a, "imag", 0) or getattr(b, "imag", 0))
-        except Refused as reason:
-            if "too much work" in str(reason):
-                raise
+        except Exhausted:
+            raise
+        except Refused:
             continue
         if is_complex:
             agreed_complex += same

@@ -36,6 +36,9 @@ class EngineConfig:
     """Longest prompt plus completion, in tokens."""
     max_num_seqs: int = 256
     """Sequences that one engine decodes at once."""
+    num_speculative_tokens: int = 0
+    """Tokens drafted by the model's prediction modules between two passes of the model; the distribution stays the
+    same. Engine `native` only, up to the model's `num_nextn_predict_layers`."""
     num_threads: int = 1
     """CPU threads of each Ray actor."""
     kv_cache_gib: int = 1
@@ -44,6 +47,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.num_engines < 1:
             raise ValueError(f"num_engines must be >= 1, got {self.num_engines}")
+        if self.num_speculative_tokens < 0:
+            raise ValueError(f"num_speculative_tokens must be >= 0, got {self.num_speculative_tokens}")
         if self.transport == "local" and self.num_engines != 1:
             raise ValueError(f"transport 'local' runs exactly 1 engine, got num_engines={self.num_engines}; use 'ray'")
 

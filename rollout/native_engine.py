@@ -2,35 +2,20 @@
 
 Slower than vLLM, but the learner's own numbers, with nothing to install: for machines without vLLM, for tests, and to
 tell whether a difference is vLLM's or ours. A completion depends on its seed alone, up to float rounding of its batch.
-
-Shapes: B sequences being decoded, V vocabulary.
+With `num_speculative_tokens` the model's prediction modules draft tokens (speculative.py): the same distribution in
+fewer passes, though not the same completions for the same seeds.
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from models import LatentCache, SequenceLayout, load_hf_tensors, load_pretrained
+from models import SequenceLayout, load_hf_tensors, load_pretrained
+from rollout.decoding import Decoder, PlainDecoder, Running
 from rollout.engine import EngineConfig, WeightStream, check_prompt_lengths
-from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
-
-
-@dataclass
-class _Running:
-    """A completion while it is being sampled."""
-
-    prompt: int
-    """Index into the prompts."""
-    seed: int
-    budget: int
-    """Tokens it may still grow to in total."""
-    draws: random.Random
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+from rollout.sample import Completion, CompletionGroup, Prompt, SamplingParams
+from rollout.speculative import DraftCount, SpeculativeDecoder
 
 
 class NativeEngine:
@@ -41,6 +26,18 @@ class NativeEngine:
         self.version = 0
         self.model = load_pretrained(model, dtype=getattr(torch, config.dtype))
         self.max_model_len = min(config.max_model_len, self.model.config.max_position_embeddings)
+        self._drafts = DraftCount()
+        available = self.model.config.num_nextn_predict_layers
+        if config.num_speculative_tokens > available:
+            raise ValueError(
+                f"num_speculative_tokens={config.num_speculative_tokens} needs as many prediction modules, {model} has "
+                f"{available} (num_nextn_predict_layers); lower it, or train a model with more"
+            )
+
+    @property
+    def draft_acceptance(self) -> float:
+        """Share of speculative tokens that were accepted since the last change of weights; 0 without any."""
+        return self._drafts.acceptance
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
@@ -54,62 +51,31 @@ class NativeEngine:
     def _generate_batch(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
         samples = [self._start(i, prompt, index, params)
                    for i, prompt in enumerate(prompts) for index in range(params.num_completions)]  # fmt: skip
-        hidden_BD, cache = self._prefill(prompts, params)
-        rows = torch.tensor([sample.prompt for sample in samples])
-        hidden_BD = hidden_BD[rows]
-        cache.select(rows)
+        decoder = self._prefill(prompts, params)
+        decoder.select(torch.tensor([sample.prompt for sample in samples]))
         active = samples
-        while True:
-            next_ids = self._sample(self.model.lm_head(hidden_BD).float(), active, params)
+        while active:
+            decoder.step(active)
             kept = [row for row, sample in enumerate(active) if sample.finish_reason is None]
-            if not kept:
-                break
             if len(kept) < len(active):
+                decoder.select(torch.tensor(kept, dtype=torch.long))
                 active = [active[row] for row in kept]
-                next_ids = [next_ids[row] for row in kept]
-                cache.select(torch.tensor(kept))
-            hidden_BD = self.model.decode(torch.tensor(next_ids), cache).hidden_TD
         return self._collect(prompts, samples)
 
-    def _start(self, prompt_index: int, prompt: Prompt, index: int, params: SamplingParams) -> _Running:
+    def _start(self, prompt_index: int, prompt: Prompt, index: int, params: SamplingParams) -> Running:
         seed = params.seed_of(prompt.id, index)
         budget = min(params.max_tokens, self.max_model_len - len(prompt.token_ids))
-        return _Running(prompt=prompt_index, seed=seed, budget=budget, draws=random.Random(seed))
+        return Running(prompt=prompt_index, seed=seed, budget=budget, draws=random.Random(seed))
 
-    def _prefill(self, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Tensor, LatentCache]:
-        """Runs each prompt once, whatever the number of completions; the hidden state of its last token, and the
-        cache.
-        """
-        layout = SequenceLayout.from_lengths([len(prompt.token_ids) for prompt in prompts])
-        room = min(max(layout.lengths) + params.max_tokens, self.max_model_len)
-        head = self.model.lm_head.weight
-        cache = LatentCache(self.model.config, len(prompts), room, dtype=head.dtype, device=head.device)
-        ids_T = torch.tensor([token for prompt in prompts for token in prompt.token_ids])
-        hidden_TD = self.model(ids_T, layout, cache).hidden_TD
-        return hidden_TD[torch.tensor(layout.offsets[1:]) - 1], cache
+    def _prefill(self, prompts: Sequence[Prompt], params: SamplingParams) -> Decoder:
+        """Runs each prompt once, whatever the number of completions."""
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        room = min(longest + params.max_tokens, self.max_model_len)
+        if num_drafts := self.config.num_speculative_tokens:
+            return SpeculativeDecoder(self.model, prompts, params, room, num_drafts, self._drafts)
+        return PlainDecoder(self.model, prompts, params, room)
 
-    def _sample(self, logits_BV: Tensor, active: list[_Running], params: SamplingParams) -> list[int]:
-        """Draws one token per sequence: inverts the distribution function at the sample's own next random number."""
-        logprobs_BV = (logits_BV / (params.temperature or 1.0)).log_softmax(-1)
-        if params.temperature == 0:
-            ids_B = logits_BV.argmax(-1)
-        else:
-            cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
-            draws_B = torch.tensor([sample.draws.random() for sample in active], dtype=torch.float64)
-            ids_B = torch.searchsorted(cumulative_BV, (draws_B * cumulative_BV[:, -1])[:, None], right=True).squeeze(1)
-            ids_B = ids_B.clamp(max=logits_BV.shape[1] - 1)
-        ids = ids_B.tolist()
-        logprobs = logprobs_BV.gather(1, ids_B[:, None]).squeeze(1).tolist()
-        for sample, token, logprob in zip(active, ids, logprobs, strict=True):
-            sample.token_ids.append(token)
-            sample.logprobs.append(logprob)
-            if token == params.stop_token_id:
-                sample.finish_reason = FinishReason.STOP
-            elif len(sample.token_ids) == sample.budget:
-                sample.finish_reason = FinishReason.LENGTH
-        return ids
-
-    def _collect(self, prompts: Sequence[Prompt], samples: list[_Running]) -> list[CompletionGroup]:
+    def _collect(self, prompts: Sequence[Prompt], samples: list[Running]) -> list[CompletionGroup]:
         completions: list[list[Completion]] = [[] for _ in prompts]
         for sample in samples:
             assert sample.finish_reason is not None
@@ -136,6 +102,7 @@ class NativeEngine:
     def load_weights(self, weights: WeightStream, version: int) -> None:
         load_hf_tensors(self.model, weights, source=f"weights of version {version}")
         self.version = version
+        self._drafts = DraftCount()
 
     def close(self) -> None:
         del self.model

@@ -26,6 +26,11 @@ class VLLMEngine:
     """Implements `rollout.engine.Engine` with a vLLM `LLM` in this process."""
 
     def __init__(self, config: EngineConfig, model: str) -> None:
+        if config.num_speculative_tokens:
+            raise ValueError(
+                f"the engine 'vllm' does not draft tokens here, got num_speculative_tokens="
+                f"{config.num_speculative_tokens}; set it to 0, or use the engine 'native'"
+            )
         _set_environment(config, model)
         import vllm
         from vllm.config import WeightTransferConfig

@@ -1,6 +1,8 @@
 """Verified weight sync: after every push the engines must score fixed sequences as the learner does.
 
-A push that lost a tensor, hit the wrong layer or left a stale copy behind shows here, at once, and stops the run.
+A push that lost a tensor, hit the wrong layer or left a stale copy behind shows here and stops the run. Not covered: a
+stale tensor that moves no probed log-probability beyond the limit yet, as with a tiny learning rate; it shows once the
+weights have moved on.
 
     drift = push_weights(pool, learner.named_weights(), version, probe, learner.score(probe), limit=1e-3)
 """

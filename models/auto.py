@@ -1,0 +1,219 @@
+"""Any causal language model behind one small interface: ours, or a dense one of transformers (Qwen, Llama, Gemma 3).
+
+    model = from_pretrained("checkpoint_dir")
+    hidden_TD = model(ids_T, SequenceLayout.from_lengths([5, 3])).hidden_TD
+    save_pretrained(model, "out_dir")
+
+Not covered, and refused when such a model is loaded: experts of other architectures, logits that are more than a
+product with the head (Gemma 2 caps them), architectures that cannot keep packed sequences apart. Log-probabilities are
+the caller's: hidden states times `lm_head.weight`.
+
+Shapes: T packed tokens, B sequences, S positions, D hidden, V vocabulary.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from models import checkpoint
+from models.config import MODEL_TYPES
+from models.packing import SequenceLayout
+from models.transformer import DeepseekV3ForCausalLM, ModelOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class HasVocabulary(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class CausalLM(Protocol):
+    """What training and scoring need of a model."""
+
+    @property
+    def config(self) -> HasVocabulary: ...
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """Its weight [V, D], tied or not, turns hidden states into logits; no bias."""
+        ...
+
+    def __call__(self, ids_T: Tensor, layout: SequenceLayout) -> ModelOutput:
+        """Packed token ids -> hidden states after the final norm, and the routing, empty without experts."""
+        ...
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """Equally long sequences [B, S] -> logits [B, S, V]."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+
+
+class TransformersCausalLM(nn.Module):
+    """A dense causal language model of transformers, packed without padding. Dropout is off.
+
+    Sequences lie end to end in one row, told apart by positions that start again at 0. transformers honours that only
+    without a cache and without an attention mask, hence the arguments in `forward`; sliding windows are kept. Except
+    with flash attention it builds a [T, T] mask, so memory grows with the square of a micro-batch.
+    """
+
+    def __init__(self, reference: "PreTrainedModel") -> None:
+        """Takes over the modules of `reference`, under its own names. Raises ValueError for what is not covered."""
+        super().__init__()
+        self.config: Any = reference.config
+        _refuse_by_config(reference)
+        for name, child in reference.named_children():
+            self.add_module(name, child)
+        self.lm_head: nn.Linear
+        self._base_name = reference.base_model_prefix
+        # In a tuple, so that its modules are not registered twice; saving is its work.
+        self._reference = (reference.eval(),)
+        self._refuse_by_trial()
+
+    def forward(self, ids_T: Tensor, layout: SequenceLayout) -> ModelOutput:
+        """Packed token ids [T] -> final hidden states; nothing is routed."""
+        base = getattr(self, self._base_name)
+        output = base(input_ids=ids_T[None], position_ids=layout.positions_T[None], use_cache=False)
+        return ModelOutput(hidden_TD=output.last_hidden_state[0], routing={})
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """Equally long sequences [B, S] -> logits [B, S, V], all of them at once: for small inputs and tests."""
+        num_sequences, length = tokens_BS.shape
+        layout = SequenceLayout.from_lengths([length] * num_sequences, device=tokens_BS.device)
+        return self.lm_head(self(tokens_BS.flatten(), layout).hidden_TD).unflatten(0, (num_sequences, length))
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, detached, under its name in transformers; a tied head is not named again.
+
+        For Qwen, Llama, Gemma and most others that is the name in the checkpoint, too.
+        """
+        for name, tensor in self.state_dict().items():
+            if not (name == "lm_head.weight" and self.config.tie_word_embeddings):
+                yield name, tensor
+
+    @torch.no_grad()
+    def load_hf_tensors(self, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+        """Copies checkpoint tensors into the model. Raises ValueError if one is missing, unexpected or misshapen."""
+        targets = dict(self.hf_tensors())
+        missing = set(targets)
+        for name, tensor in tensors:
+            if name not in targets or targets[name].shape != tensor.shape:
+                wanted = list(targets[name].shape) if name in targets else "no such tensor"
+                raise ValueError(f"{source}: {name} has shape {list(tensor.shape)}, the model has {wanted}")
+            targets[name].copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise ValueError(f"{source}: lacks {len(missing)} tensors of the model: {', '.join(sorted(missing)[:8])}")
+
+    def write(self, folder: Path) -> None:
+        """Writes the checkpoint into an existing folder, as transformers does."""
+        self._reference[0].save_pretrained(folder)
+
+    @torch.no_grad()
+    def _refuse_by_trial(self) -> None:
+        """Runs eight tokens: logits must be hidden states times head, and packed sequences must not see each other."""
+        kind, device = self.config.model_type, self.lm_head.weight.device
+        layout = SequenceLayout.from_lengths([5, 3], device=device)
+        ids_T = torch.arange(8, device=device) % self.config.vocab_size
+        hidden_TD = self(ids_T, layout).hidden_TD
+        wanted = self._reference[0](
+            input_ids=ids_T[None], position_ids=layout.positions_T[None], use_cache=False
+        ).logits
+        if not torch.allclose(self.lm_head(hidden_TD[None]).float(), wanted.float(), rtol=1e-5, atol=1e-5):
+            raise ValueError(f"model_type {kind!r}: logits are more than hidden states times head, which is all we do")
+        other_T = torch.cat([(ids_T[:5] + 1) % self.config.vocab_size, ids_T[5:]])
+        if not torch.equal(self(other_T, layout).hidden_TD[5:], hidden_TD[5:]):
+            raise ValueError(
+                f"model_type {kind!r}: a sequence sees the one packed before it (attention "
+                f"{self.config._attn_implementation!r}); this architecture cannot be trained packed"
+            )
+
+
+def _refuse_by_config(reference: "PreTrainedModel") -> None:
+    config: Any = reference.config
+    head = getattr(reference, "lm_head", None)
+    if getattr(config, "vocab_size", None) is None or not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(f"model_type {config.model_type!r}: not a text model with a bias-free lm_head")
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"model_type {config.model_type!r} caps its logits (final_logit_softcapping="
+            f"{config.final_logit_softcapping}), which training would leave out; use a model without it (Gemma 3)"
+        )
+    if any(".experts." in name for name, _ in reference.named_parameters()):
+        raise ValueError(f"model_type {config.model_type!r} has experts; of those, {MODEL_TYPES} are implemented")
+
+
+def from_pretrained(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DeepseekV3ForCausalLM | TransformersCausalLM:
+    """Our own model if `config.json` names its architecture, else that of transformers behind the same interface.
+
+    Raises FileNotFoundError for a missing file and ValueError for tensors or an architecture that do not fit.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: give the folder of a Hugging Face checkpoint")
+    if read_model_type(path) in MODEL_TYPES:
+        return checkpoint.load_pretrained(folder, dtype=dtype, device=device)
+    from transformers import AutoModelForCausalLM  # takes seconds to import
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    reference, report = load(
+        folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
+    )
+    # transformers would go on with random weights in place of the missing ones.
+    if problems := {key: sorted(map(str, names)) for key, names in report.items() if key.endswith("_keys") and names}:
+        raise ValueError(f"{folder}: the tensors do not fit the model: {problems}")
+    return TransformersCausalLM(reference.to(device))
+
+
+def read_model_type(path: Path) -> str | None:
+    """The architecture that a `config.json` names. Raises ValueError if the file is not JSON."""
+    try:
+        return json.loads(path.read_text()).get("model_type")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+
+
+def hf_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its checkpoint name, detached views of the parameters."""
+    if isinstance(model, TransformersCausalLM):
+        return model.hf_tensors()
+    return checkpoint.hf_tensors(_ours(model))
+
+
+def load_hf_tensors(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+    """Copies checkpoint tensors into the model, in its dtypes; ValueError if they are not exactly the model's."""
+    if isinstance(model, TransformersCausalLM):
+        model.load_hf_tensors(tensors, source)
+    else:
+        checkpoint.load_hf_tensors(_ours(model), tensors, source)
+
+
+def write_checkpoint(model: CausalLM, folder: Path) -> None:
+    """Writes `config.json` and the weights into an existing folder."""
+    if isinstance(model, TransformersCausalLM):
+        model.write(folder)
+    else:
+        checkpoint.write_checkpoint(_ours(model), folder)
+
+
+def save_pretrained(model: CausalLM, folder: str | Path) -> None:
+    """Writes a checkpoint that transformers and vLLM load; an existing folder is replaced whole, or not at all."""
+    with checkpoint.replace_folder(folder) as fresh:
+        write_checkpoint(model, fresh)
+
+
+def _ours(model: CausalLM) -> DeepseekV3ForCausalLM:
+    assert isinstance(model, DeepseekV3ForCausalLM), f"no checkpoint form for {type(model).__name__}"
+    return model

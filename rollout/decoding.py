@@ -1,0 +1,123 @@
+"""Completions while they are sampled, how a token is drawn, and the plain decoder: one pass of the model per token.
+
+Shapes: B sequences being decoded, T packed prompt tokens, D hidden, V vocabulary, X any leading dimensions.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import DeepseekV3ForCausalLM, LatentCache, SequenceLayout
+from rollout.sample import FinishReason, Prompt, SamplingParams
+
+
+@dataclass
+class Running:
+    """A completion while it is being sampled."""
+
+    prompt: int
+    """Index into the prompts."""
+    seed: int
+    budget: int
+    """Tokens it may still grow to in total."""
+    draws: random.Random
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def append(self, token: int, logprob: float, stop_token_id: int) -> None:
+        assert self.finish_reason is None, "a finished completion does not grow"
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        if token == stop_token_id:
+            self.finish_reason = FinishReason.STOP
+        elif len(self.token_ids) == self.budget:
+            self.finish_reason = FinishReason.LENGTH
+
+
+class Decoder(Protocol):
+    """Continues a batch; rows are in the order of the samples it is given."""
+
+    def step(self, active: Sequence[Running]) -> None:
+        """Grows every sample by at least one token, none of them finished."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows, in this order; a row may be named several times."""
+        ...
+
+
+def log_distribution(head: nn.Linear, hidden_XD: Tensor, temperature: float) -> Tensor:
+    """[..., V] float32 log-probabilities, which are what is recorded: at `temperature`, or at 1 where that is 0."""
+    return (head(hidden_XD).float() / (temperature or 1.0)).log_softmax(-1)
+
+
+def probabilities(logprobs_XV: Tensor, temperature: float) -> Tensor:
+    """[..., V] float64, what is drawn from: at temperature 0 the most probable token alone, the first of equals.
+
+    They sum to 1 as well as float32 log-probabilities do; `choose` draws in proportion.
+    """
+    if temperature == 0:
+        return F.one_hot(logprobs_XV.argmax(-1), logprobs_XV.shape[-1]).double()
+    return logprobs_XV.double().exp()
+
+
+def choose(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """[B] ids in proportion to the weights: inverts the distribution function at numbers from [0, 1), float64."""
+    cumulative_BV = weights_BV.cumsum(-1)
+    thresholds_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    ids_B = torch.searchsorted(cumulative_BV, thresholds_B1, right=True).squeeze(1)
+    return ids_B.clamp(max=weights_BV.shape[1] - 1)
+
+
+def uniforms(active: Sequence[Running], count: int, temperature: float) -> Tensor:
+    """[B, count] each sample's own next random numbers, float64; zeros at temperature 0, which draws none."""
+    if temperature == 0:
+        return torch.zeros(len(active), count, dtype=torch.float64)
+    return torch.tensor([[sample.draws.random() for _ in range(count)] for sample in active], dtype=torch.float64)
+
+
+def prefill(
+    model: DeepseekV3ForCausalLM, prompts: Sequence[Prompt], room: int
+) -> tuple[Tensor, Tensor, SequenceLayout, LatentCache]:
+    """Runs each prompt once: its ids [T], hidden states [T, D], layout, and a cache of `room` tokens per prompt."""
+    layout = SequenceLayout.from_lengths([len(prompt.token_ids) for prompt in prompts])
+    head = model.lm_head.weight
+    cache = LatentCache(model.config, len(prompts), room, dtype=head.dtype, device=head.device)
+    ids_T = torch.tensor([token for prompt in prompts for token in prompt.token_ids])
+    return ids_T, model(ids_T, layout, cache).hidden_TD, layout, cache
+
+
+class PlainDecoder:
+    """One token per step and sample."""
+
+    def __init__(
+        self, model: DeepseekV3ForCausalLM, prompts: Sequence[Prompt], params: SamplingParams, room: int
+    ) -> None:
+        self.model = model
+        self.params = params
+        _, hidden_TD, layout, self.cache = prefill(model, prompts, room)
+        self.hidden_BD = hidden_TD[torch.tensor(layout.offsets[1:]) - 1]
+        self.is_ahead = True  # whether hidden_BD has already seen each sample's last token
+
+    def step(self, active: Sequence[Running]) -> None:
+        if not self.is_ahead:
+            last_B = torch.tensor([sample.token_ids[-1] for sample in active])
+            self.hidden_BD = self.model.decode(last_B, self.cache).hidden_TD
+        temperature = self.params.temperature
+        logprobs_BV = log_distribution(self.model.lm_head, self.hidden_BD, temperature)
+        draws_B = uniforms(active, 1, temperature).squeeze(1)
+        ids_B = choose(probabilities(logprobs_BV, temperature), draws_B)
+        logprobs_B = logprobs_BV.gather(1, ids_B[:, None]).squeeze(1)
+        for sample, token, logprob in zip(active, ids_B.tolist(), logprobs_B.tolist(), strict=True):
+            sample.append(token, logprob, self.params.stop_token_id)
+        self.is_ahead = False
+
+    def select(self, rows: Tensor) -> None:
+        self.hidden_BD = self.hidden_BD[rows]
+        self.cache.select(rows)
