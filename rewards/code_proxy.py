@@ -85,7 +85,7 @@ class Solution:
     def decode(self, wire: Any) -> Any:
         try:
             return Decoder(self.classes, lambda link: Remote(self, link)).decode(wire)
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError, ArithmeticError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, ArithmeticError) as error:
             self.ended = f"the solution's process sent a malformed value: {error}"
         raise SolutionEnded(self.ended)
 

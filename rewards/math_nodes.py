@@ -8,7 +8,7 @@ This file neither parses nor compares. Usage: `Node("add", (num(1), Node("const"
 | dec      |                             | (Fraction, value of its last digit, significant digits)      |
 | sym      |                             | name                                                         |
 | sub      | index                       | name: `F_{n-1}`                                              |
-| const    |                             | pi, e, i, inf, undefined; R, Z, N, Q, C (sets of numbers)    |
+| const    |                             | pi, e, i, inf; R, Z, N, Q, C (sets of numbers)               |
 | add, mul | terms, factors              |                                                              |
 | neg, div, pow, mod | operands          |                                                              |
 | func     | arguments                   | name: sqrt, sin, log, abs, factorial, binom, ...             |
@@ -58,9 +58,7 @@ def num(value: int | Fraction) -> Node:
     return Node("num", (), Fraction(value))
 
 
-UNDEFINED = Node("const", (), "undefined")
 INFINITY = Node("const", (), "inf")
-RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in")
 
 
 def walk(node: Node) -> "list[Node]":

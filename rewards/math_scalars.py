@@ -1,4 +1,4 @@
-"""Whether two expressions have the same value: exactly, or to 40 digits at several points.
+"""Whether two expressions have the same value: exactly, or to 70 digits at several points.
 
 This file compares one expression with another; math_compare.py takes answers apart until only these are left.
 
@@ -96,7 +96,7 @@ def close(gold: Node, predicted: Node, point: int, budget: Budget) -> bool:
     """Whether both sides have the same value at one point, by two precisions."""
     a, b = _settled(gold, point, budget), _settled(predicted, point, budget)
     ctx = context(DIGITS[1])
-    return bool(abs(a - b) <= ctx.mpf(10) ** -40 * max(abs(a), abs(b)))
+    return bool(abs(a - b) <= ctx.mpf(10) ** -70 * max(abs(a), abs(b)))
 
 
 def _settled(node: Node, point: int, budget: Budget) -> Number:

@@ -31,7 +31,15 @@ class Limits:
     """What a stdin-style program may print in one case."""
 
     def __post_init__(self) -> None:
-        for name in ("timeout_s", "total_timeout_s", "memory_mb", "max_processes", "tmp_mb", "max_files", "max_output_bytes"):
+        for name in (
+            "timeout_s",
+            "total_timeout_s",
+            "memory_mb",
+            "max_processes",
+            "tmp_mb",
+            "max_files",
+            "max_output_bytes",
+        ):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")

@@ -34,7 +34,7 @@ _CHECKS_OF_ALL: tuple[_Check, ...] = (
     ("it can change its root", _is_refused("chroot")),
 )
 _CHECKS_OF_ISOLATED: tuple[_Check, ...] = (
-    ("host files can be read", lambda report: bool(report["read_host"] and report["list_home"])),
+    ("host files can be read", lambda report: all(report["read_host"] + report["list_host"])),
     ("it can become root", lambda report: report["uid"] == 0 or bool(report["become_root"])),
     ("/tmp is not bounded", lambda report: report["tmp_mb"] <= report["limits"].tmp_mb),
     ("processes are not bounded", lambda report: report["num_forked"] <= report["limits"].max_processes + 2),
@@ -75,8 +75,8 @@ def _probe(launcher: Launcher) -> dict[str, Any]:
                 "max_processes": limits.max_processes,
                 "tmp_mb": limits.tmp_mb,
                 "port": server.getsockname()[1],
-                "host_file": host_file.name,
-                "home": os.path.expanduser("~"),
+                "host_files": [host_file.name, "/etc/passwd"],
+                "host_folders": _host_folders(launcher),
                 "folders": ["", "/dev", "/py", "/usr/lib", RUNNER_DIR, PACKAGES_DIR, "/var/tmp"],
             }
             send(process.request_fd, order)
@@ -86,6 +86,12 @@ def _probe(launcher: Launcher) -> dict[str, Any]:
             process.kill()
     survivors = [pid for pid in host_pids if _is_alive(pid)]
     return report | {"limits": limits, "host_pids": host_pids, "survivors": survivors}
+
+
+def _host_folders(launcher: Launcher) -> list[str]:
+    """Folders of the host that a sandbox has none of the same name of."""
+    home = os.path.expanduser("~")
+    return [str(launcher.plan.runner_dir.parent), "/etc", *([] if home in ("/", "/tmp", "~") else [home])]
 
 
 def _receive(process: SandboxProcess) -> dict[str, Any]:

@@ -100,7 +100,7 @@ STOP, LENGTH, ERROR = FinishReason.STOP, FinishReason.LENGTH, FinishReason.ERROR
 PROBLEMS: dict[str, tuple[Any, str, FinishReason]] = {
     "right": ("5", "<answer>5</answer>", STOP),
     "wrong": ("5", "<answer>66</answer>", STOP),
-    "silent": ("5", "none", STOP),
+    "silent": ("5", "I do not know", STOP),
     "cut": ("5", "5 and then", LENGTH),
     "cut-but-answered": ("7", "<answer>7</answer> and", LENGTH),
     "failed": ("5", "<answer>5</answer>", ERROR),

@@ -19,7 +19,7 @@ from rewards.math_pairs import grade_pair
 from rewards.math_parser import parse
 
 REWARDS = Path(__file__).parents[2] / "rewards"
-DEADLINE_S = 1.0  # a hundred times what they take; 2 s is the promise
+DEADLINE_S = 1.0  # about thirty times what the slowest takes on a quiet core; 2 s is the promise
 HOSTILE = [
     "9^{9^{9^{9}}}",
     "10^{10^{10^{10}}}",
