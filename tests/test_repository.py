@@ -23,7 +23,7 @@ EXCEPTIONS: dict[str, str] = {}
 """Path, or path:function, of what may exceed its budget -> the reason."""
 
 # Put together from pieces, so that this file does not contain what it looks for.
-MACHINE_PATH = re.compile(r"(?<![\w.-])/(work|root|home)/" + r"|(?<!\w)/tmp/" + r"w\b")
+MACHINE_PATH = re.compile(r"(?<![\w.}-])/(work|root|home)/" + r"|(?<!\w)/tmp/" + r"w\b")
 REGISTRY_HOST = re.compile(r"\b(pypi|pythonhosted|npmjs|debian|download\.pytorch)\." + r"(org|com)\b")
 ALLOWED_HOSTS = {"requirements/install.sh": {"download.pytorch" + ".org"}}
 
