@@ -16,7 +16,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import CodeType
     from typing import Any, Protocol
 
@@ -51,7 +51,7 @@ class Suite:
             self.entry_point = self.entry_point or ast.unparse(call.value.args[0])
         self._has_check = any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in trees[0].body)
         self._sources = snippets
-        asserts = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        asserts = [node for tree in trees for node in _statements(tree) if isinstance(node, ast.Assert)]
         self.num_tests = len(asserts) if len(trees) == 1 else len(trees)
         if not asserts and not self._has_check:
             raise ValueError("the tests hold no assert and no check(candidate)")
@@ -139,6 +139,11 @@ class _CountAsserts(ast.NodeTransformer):
         self._source = source
         self._stop_at_first = stop_at_first
 
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for block in _blocks(node):
+            block[:] = [self.visit(statement) for statement in block]
+        return node
+
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
         text = (ast.get_source_segment(self._source, node) or "assert")[:300]
         template = ast.parse(
@@ -151,6 +156,21 @@ class _CountAsserts(ast.NodeTransformer):
         assert isinstance(template, ast.Try)
         template.body = [node]
         return template
+
+
+def _blocks(node: ast.AST) -> Iterator[list[ast.AST]]:
+    """Lists of statements directly below a node. Expressions are left out: tests may hold megabytes of them."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        block = getattr(node, field, None)
+        if isinstance(block, list):
+            yield block
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    for block in _blocks(node):
+        for statement in block:
+            yield statement
+            yield from _statements(statement)
 
 
 def _bound_names(nodes: list[ast.AST]) -> set[str]:

@@ -60,7 +60,7 @@ class Plan:
             pairs += [(f"{prefix}/{name}", f"/py/{name}") for name in dict.fromkeys(("lib", sys.platlibdir))]
         pairs.append((str(self.runner_dir), RUNNER_DIR))
         if self.packages is not None:
-            pairs.append((str(self.packages), PACKAGES_DIR))
+            pairs.append((str(self.packages.resolve()), PACKAGES_DIR))
         return pairs
 
     def masks(self) -> list[str]:

@@ -33,6 +33,7 @@ from rewards.sandbox_limits import SandboxError
 
 WATCH_INTERVAL_S = 0.1
 START_TIMEOUT_S = 20.0
+_NUM_TRIES = 3  # one that waits may fall to the kernel's out-of-memory killer
 READY = b"R"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _FIRST_UID, _NUM_UIDS = 1 << 30, 1 << 30
@@ -68,9 +69,9 @@ class SandboxProcess:
     def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> Self:
         """Return when the interpreter has started; SandboxError if it does not."""
         readable, _, _ = select.select([self.reply_fd], [], [], timeout_s)
-        if not readable or os.read(self.reply_fd, 1) != READY:
+        if not readable or os.read(self.reply_fd, 1) != READY or self._popen.poll() is not None:
             self.kill()
-            problem = "ended while starting" if readable else f"did not start within {timeout_s} s"
+            problem = "ended before its use" if readable else f"did not start within {timeout_s} s"
             raise SandboxError(f"a sandbox {problem} (exit status {self.returncode})")
         self._find_init()
         return self
@@ -240,6 +241,15 @@ class Nursery:
 
     def take(self) -> SandboxProcess:
         """Return a started process, which the caller kills; wait for one if none is there."""
+        for _ in range(_NUM_TRIES - 1):
+            try:
+                return self._take().wait_until_ready()
+            except SandboxError:
+                if self._is_closed:
+                    raise
+        return self._take().wait_until_ready()
+
+    def _take(self) -> SandboxProcess:
         with self._changed:
             self._num_wanted += 1
             self._changed.notify_all()
@@ -251,7 +261,7 @@ class Nursery:
             self._changed.notify_all()
         if isinstance(process, SandboxError):
             raise process
-        return process.wait_until_ready()
+        return process
 
     def close(self) -> None:
         """Kill what waits and end the thread."""

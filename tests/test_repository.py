@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("grpo", "models", "pipelines", "rewards", "rollout")
 
 MAX_FILE_LINES, MAX_TEST_FILE_LINES, MAX_FUNCTION_LINES, MAX_CORE_LINES = 300, 400, 60, 10_000
-# A grader of mathematical answers and a sandbox for code are programs of their own, which a reader of GRPO need not open.
+# A grader of mathematical answers and a sandbox for code are programs of their own; reading GRPO needs neither.
 GRADERS, MAX_GRADER_LINES = ("math_", "code_", "sandbox"), 7_500
 EXCEPTIONS: dict[str, str] = {}
 """Path, or path:function, of what may exceed its budget -> the reason."""

@@ -25,7 +25,7 @@ CHECK = """def check(candidate):
     assert candidate(40, 2) == 42
 """
 TASK = CodeTask(tests=CHECK, entry_point="add")
-PATIENT, IMPATIENT = Limits(timeout_s=20), Limits(timeout_s=1.5, memory_mb=512)
+PATIENT, IMPATIENT = Limits(timeout_s=20), Limits(timeout_s=1.0, memory_mb=512)
 
 
 def read_attacks() -> dict[str, list[tuple[str, str, float]]]:
@@ -127,7 +127,7 @@ if os.fork() == 0:
         time.sleep(3600)
     time.sleep(3600)
 def add(a, b):
-    time.sleep(0.2)
+    time.sleep(0.02)
     return a + b
 """
     assert impatient.grade(TASK, daemon).value() == 1.0

@@ -131,7 +131,8 @@ def test_objects_of_the_solution_can_be_used_but_equal_nothing(grader: CodeGrade
 
 
 def test_names_of_the_tests_are_not_the_solutions_to_define(grader: CodeGrader):
-    hostile = "def abs(x): return 0\nclass math:\n    isclose = lambda *a: True\ndef helper(x): return 1\ndef f(x): return 9\n"
+    hostile = "def abs(x): return 0\nclass math:\n    isclose = lambda *a: True\n"
+    hostile += "def helper(x): return 1\ndef f(x): return 9\n"
     assert grader.grade(task_of("assert abs(f(1) - 1) < 1", "f"), hostile).value() == 0.0
     assert grader.grade(task_of("assert math.isclose(f(1), 1)", "f"), hostile).value() == 0.0
     helped = task_of("assert helper(f(1)) == 1", "f", "def helper(x):\n    return x\n")
@@ -159,7 +160,8 @@ def test_ends_of_the_process_are_no_exceptions_for_the_tests(grader: CodeGrader)
 
 
 def test_humaneval_prompt_brings_helpers_and_imports(grader: CodeGrader):
-    prompt = 'from typing import List\n\ndef double(x):\n    return 2 * x\n\ndef halve(x: int) -> List[int]:\n    """Halve."""\n'
+    prompt = "from typing import List\n\ndef double(x):\n    return 2 * x\n\n"
+    prompt += 'def halve(x: int) -> List[int]:\n    """Halve."""\n'
     tests = "def check(candidate):\n    assert candidate(double(4)) == [4]\n"
     task = task_from_row({"prompt": prompt, "test": tests, "entry_point": "halve"})
     assert grader.grade(task, "def halve(x: int) -> List[int]:\n    return [x // 2]\n").value() == 1.0
@@ -210,7 +212,8 @@ def test_stdin_programs(grader: CodeGrader, code: str, status: str, num_passed: 
 def test_stdin_fraction_counts_cases_behind_a_failure(grader: CodeGrader):
     result = grader.grade(CASES, "a, b = map(int, input().split())\nprint(a + b if a != 5 else 0)", stop_at_first=False)
     assert (brief(result), result.first_failure) == (("wrong", 2, 3), "case 2")
-    crashing = "a, b = map(int, input().split())\nimport os, signal\nif a == 5: os.kill(os.getppid(), signal.SIGKILL)\nprint(a + b)"
+    crashing = "import os, signal\na, b = map(int, input().split())\n"
+    crashing += "if a == 5: os.kill(os.getppid(), signal.SIGKILL)\nprint(a + b)"
     assert grader.grade(CASES, crashing, stop_at_first=False).num_passed >= 1
 
 

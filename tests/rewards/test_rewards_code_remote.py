@@ -18,7 +18,7 @@ from rewards.sandbox_limits import Limits, SandboxError
 
 SECRET = 987654321
 TASK = CodeTask(
-    tests=f"def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate({SECRET}, 1) == {SECRET + 1}\n",
+    tests=f"def check(f):\n    assert f(1, 2) == 3\n    assert f({SECRET}, 1) == {SECRET + 1}\n",
     entry_point="add",
 )
 CASES = CodeTask(cases=(Case(stdin="1 2", expected="3"), Case(stdin="2 2", expected="4")))
@@ -86,7 +86,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def grader(server: Server) -> Iterator[CodeGrader]:
-    with CodeGrader(server.url, limits=Limits(timeout_s=3), num_workers=2) as grader:
+    with CodeGrader(server.url, limits=Limits(timeout_s=2), num_workers=2) as grader:
         yield grader
 
 
@@ -98,7 +98,7 @@ def test_one_request_grades_a_program_and_holds_no_expected_value(server: Server
     result = grader.grade(TASK, RIGHT)
     assert (result.value(), result.num_passed, result.num_tests) == (1.0, 2, 2)
     (request,) = server.requests
-    assert request["path"] == "/run_code" and request["language"] == "python" and request["run_timeout"] == 3
+    assert request["path"] == "/run_code" and request["language"] == "python" and request["run_timeout"] == 2
     assert set(request) == {"path", "code", "language", "stdin", "run_timeout", "compile_timeout"}
     assert str(SECRET) in request["stdin"] and str(SECRET + 1) not in request["stdin"] + request["code"]
 
@@ -149,7 +149,7 @@ def test_failures_of_the_server_are_tried_again_then_raised(
     server.num_failures = 2
     assert grader.grade(TASK, RIGHT).value() == 1.0
     server.num_failures = 3
-    with pytest.raises(SandboxError, match="failed 3 times: .*busy"):
+    with pytest.raises(SandboxError, match=r"failed 3 times: .*busy"):
         grader.grade(TASK, RIGHT)
     with (
         CodeGrader("http://127.0.0.1:9", limits=Limits(timeout_s=1)) as absent,

@@ -82,7 +82,8 @@ def test_travels_to_another_process(code: RewardFunction):
 
 
 def test_settings_are_checked_when_the_reward_is_made():
-    for settings in ({"mode": "some"}, {"style": "prose"}, {"timeout_s": -1}):
+    wrong: list[dict[str, Any]] = [{"mode": "some"}, {"style": "prose"}, {"timeout_s": -1}]
+    for settings in wrong:
         with pytest.raises(ValueError, match="must be"):
             code_reward(**settings)
 

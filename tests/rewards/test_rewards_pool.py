@@ -79,7 +79,7 @@ def pool() -> Iterator[WorkerPool]:
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it goes while its file is being read
         return False
 
 
