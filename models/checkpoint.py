@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from models.config import DeepseekV3Config, ScaleFormat
 from models.fp8 import quantization_config, quantize_tensors, read_weight, weight_names
+from models.mtp import shared_copies
 from models.rope import RotaryTable, inverse_frequencies
 from models.shards import DEFAULT_SHARD_BYTES, TensorFiles, refuse, write_shards
 from models.transformer import DeepseekV3ForCausalLM
@@ -46,10 +47,7 @@ def hf_tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{expert}.down_proj.weight", down
         elif name != "lm_head.weight" or not model.config.tie_word_embeddings:
             yield name, tensor
-    for module in model.model.prediction_modules():  # vLLM reads embedding and head of each from its own names
-        prefix = f"model.layers.{module.self_attn.layer}"
-        yield f"{prefix}.embed_tokens.weight", model.model.embed_tokens.weight.detach()
-        yield f"{prefix}.shared_head.head.weight", model.lm_head.weight.detach()
+    yield from shared_copies(model)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ class ProgressBar:
 
 
 @contextmanager
-def progress_bar(title: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
+def progress_bar(title: str, total: int) -> Iterator[ProgressBar]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -35,10 +35,7 @@ def progress_bar(title: str, total: int, done: int = 0) -> Iterator[ProgressBar]
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = ProgressBar(progress, title, total)
-        if done:
-            bar.advance("resumed", steps=done)
-        yield bar
+        yield ProgressBar(progress, title, total)
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

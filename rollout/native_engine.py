@@ -1,7 +1,8 @@
 """The native engine: samples with the project's own model code, latent cache and absorbed attention.
 
-Slower than vLLM, but the learner's own numbers, with nothing to install: for machines without vLLM, for tests, and to
-tell whether a difference is vLLM's or ours. A completion depends on its seed alone, up to float rounding of its batch.
+Slower than vLLM at real sizes, but the learner's own numbers, with nothing to install: for machines without vLLM, for
+tests, and to tell whether a difference is vLLM's or ours. A completion depends on its seed alone, up to float rounding
+of its batch.
 With `num_speculative_tokens` the model's prediction modules draft tokens (speculative.py): the same distribution in
 fewer passes, though not the same completions for the same seeds.
 """
