@@ -1,0 +1,60 @@
+"""vLLM's weight-transfer backend `in_process`: tensors are handed over by reference within one process.
+
+On CPU, vLLM keeps expert matrices in a prepacked form that a reload would overwrite with unpacked ones; the backend
+makes it pack them again.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BACKEND = "in_process"
+
+
+def register_backend() -> None:
+    """Makes the backend `in_process` known to vLLM, once per process."""
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        tensors: dict[str, torch.Tensor]
+
+    class InProcessTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            pass  # there is no connection to open
+
+        def start_weight_update(self) -> None:
+            # The CPU kernel packs its experts only where no kernel object exists yet; without this reset the
+            # reload copies unpacked weights over packed ones and the outputs are silently wrong.
+            for module in self.model.modules():
+                method = getattr(module, "quant_method", None)
+                if method is not None and hasattr(method, "moe_kernel"):
+                    method.moe_kernel = None
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            load_weights: Any = self.model.load_weights  # a method, which nn.Module's typing takes for a submodule
+            load_weights(update_info.tensors.items())
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            pass
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, InProcessTransfer)
