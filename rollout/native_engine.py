@@ -10,6 +10,7 @@ fewer passes, though not the same completions for the same seeds.
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from models import SequenceLayout, load_hf_tensors, load_pretrained
@@ -61,7 +62,7 @@ class NativeEngine:
             if len(kept) < len(active):
                 decoder.select(torch.tensor(kept, dtype=torch.long))
                 active = [active[row] for row in kept]
-        return self._collect(prompts, samples)
+        return self._collect(prompts, samples, decoder.prompt_experts if self.config.record_experts else None)
 
     def _start(self, prompt_index: int, prompt: Prompt, index: int, params: SamplingParams) -> Running:
         seed = params.seed_of(prompt.id, index)
@@ -76,7 +77,9 @@ class NativeEngine:
             return SpeculativeDecoder(self.model, prompts, params, room, num_drafts, self._drafts)
         return PlainDecoder(self.model, prompts, params, room)
 
-    def _collect(self, prompts: Sequence[Prompt], samples: list[Running]) -> list[CompletionGroup]:
+    def _collect(
+        self, prompts: Sequence[Prompt], samples: list[Running], prompt_experts: list[np.ndarray] | None
+    ) -> list[CompletionGroup]:
         completions: list[list[Completion]] = [[] for _ in prompts]
         for sample in samples:
             assert sample.finish_reason is not None
@@ -87,6 +90,7 @@ class NativeEngine:
                     finish_reason=sample.finish_reason,
                     policy_version=self.version,
                     seed=sample.seed,
+                    expert_ids=sample.expert_ids(prompt_experts),
                 )
             )
         return [CompletionGroup(prompt=p, completions=c) for p, c in zip(prompts, completions, strict=True)]
