@@ -153,6 +153,7 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
                 config.trainer, learner, engines, run.prompts, run.rubric,
                 decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
                 on_step=lambda step, metrics: bar.advance(console_line(metrics)),
+                on_alarm=lambda message: console.print(message, style="bold red", soft_wrap=True),
             )  # fmt: skip
             if trainer.first_step:
                 bar.advance("resumed", steps=trainer.first_step)

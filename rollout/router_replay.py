@@ -1,4 +1,4 @@
-"""The experts that each token used in rollout, as they travel to the learner, which replays them (R3, arXiv:2510.11370).
+"""The experts that each token used in rollout, as they travel to the learner, which replays them (arXiv:2510.11370).
 
 A completion carries [prompt + completion - 1, layers with experts, K] ids: the last sampled token never passes the
 model. A row and layer that was not recorded (a request that was preempted, say) is filled with the largest number of

@@ -84,9 +84,7 @@ class VLLMEngine:
                     )
                 )
         outputs = self._llm.generate(requests, sampling, use_tqdm=False)
-        completions = [
-            self._completion(output, seed=own.seed) for output, own in zip(outputs, sampling, strict=True)
-        ]
+        completions = [self._completion(output, seed=own.seed) for output, own in zip(outputs, sampling, strict=True)]
         size = params.num_completions
         return [
             CompletionGroup(prompt=prompt, completions=completions[i * size : (i + 1) * size])

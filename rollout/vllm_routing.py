@@ -76,7 +76,7 @@ class ExpertRecorder:
 
     def _attach(self, worker: Any) -> None:
         """Runs in the worker: hooks its routers, and each pass of the model to hand out the rows."""
-        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+        from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
         runner = worker.model_runner
         hooked = [module for module in runner.model.modules() if isinstance(module, MoERunner)]
