@@ -72,7 +72,7 @@ def test_the_native_engine_records_what_the_learner_chooses(num_speculative_toke
             recorded = torch.from_numpy(completion.expert_ids.astype(np.int64)).sort(-1).values
             assert torch.equal(recorded, own_choice(model, group, completion))
             lengths.add(len(completion.token_ids))
-    assert len(lengths) > 4, "completions of many lengths"
+    assert len(lengths) >= 4, "completions of many lengths"
 
 
 def test_recording_can_be_off_and_dense_models_have_none(tmp_path: Path) -> None:
