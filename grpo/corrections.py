@@ -19,7 +19,6 @@ the others' does not change. Weights and masks carry no gradient.
 Shape: N trained tokens; `samples_N` numbers the sample each belongs to, and a sample's tokens are all present.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,8 +41,8 @@ class CorrectionConfig:
     `sequence_...`, or their geometric mean for `geometric_mask`, where 0.999 and 1.001 are usual."""
     old_logprobs: Literal["sampler", "learner"] = "sampler"
     """Whose probabilities the loss clips against: the engine's, or the learner's own before its first step."""
-    off_policy_delta: float = math.inf
-    """Sequences with a negative advantage whose mean log(pi_sampler / pi) exceeds it are dropped; inf for none."""
+    off_policy_delta: float = 0.0
+    """Sequences with a negative advantage whose mean log(pi_sampler / pi) exceeds it are dropped; 0 drops none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high:
@@ -60,7 +59,7 @@ class CorrectionConfig:
 
     @property
     def is_on(self) -> bool:
-        return self.kind != "none" or math.isfinite(self.off_policy_delta)
+        return self.kind != "none" or self.off_policy_delta > 0
 
     def weights(
         self, logprobs_N: Tensor, old_N: Tensor, sampler_N: Tensor, advantages_N: Tensor, samples_N: Tensor
@@ -79,8 +78,10 @@ class CorrectionConfig:
             weights_N = geometric_mask(log_ratios_N, samples_N, self.low, self.high)
         else:
             weights_N = torch.ones_like(log_ratios_N)
-        kept_N = off_policy_sequence_mask(logprobs_N, sampler_N, advantages_N, samples_N, self.off_policy_delta)
-        return weights_N * kept_N
+        if self.off_policy_delta:
+            delta = self.off_policy_delta
+            weights_N = weights_N * off_policy_sequence_mask(logprobs_N, sampler_N, advantages_N, samples_N, delta)
+        return weights_N
 
 
 def token_tis(log_ratios_N: Tensor, high: float) -> Tensor:
