@@ -41,8 +41,9 @@ class TrainingSample:
     """Logits are divided by it, in the engine and in the learner."""
     expert_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
     """[L - 1, layers with experts, K] as recorded by the engine, see rollout/router_replay.py; None if not recorded."""
-    policy_lag: int = 0
-    """By how many versions the weights that sampled it were older than those that the step begins with."""
+    policy_lags: Sequence[int] | None = None
+    """[L] by how many versions the weights that sampled each token were older than those that the step begins with;
+    None for nought throughout."""
     old_logprobs: Sequence[float] | None = None
     """[L] as the learner saw them before its first step on the batch, filled in by `Learner.with_old_logprobs`."""
 
@@ -83,7 +84,7 @@ class MicroBatch:
     samples_N: Tensor
     """[N] place of the sample that each token belongs to among those that were packed."""
     lags_N: Tensor
-    """[N] policy lag of that sample."""
+    """[N] policy lag of each token."""
     old_logprobs_N: Tensor | None
     """[N] the learner's own before its first step; None where no sample has them."""
     expert_ids_TLK: Tensor | None
@@ -127,10 +128,12 @@ def _build(samples: Sequence[TrainingSample], weights: Sequence[float], places: 
     ids: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
+    lags: list[int] = []
     for sample in samples:
         ids += sample.token_ids
         mask += sample.loss_mask
         logprobs += sample.sampling_logprobs
+        lags += [0] * len(sample.token_ids) if sample.policy_lags is None else sample.policy_lags
     trained_N = torch.tensor(mask).nonzero().squeeze(1)
     counts = torch.tensor([sample.num_trained for sample in samples])
 
@@ -148,7 +151,7 @@ def _build(samples: Sequence[TrainingSample], weights: Sequence[float], places: 
         temperatures_N=per_token([sample.temperature for sample in samples]),
         weights_N=per_token(weights),
         samples_N=per_token(places, torch.long),
-        lags_N=per_token([sample.policy_lag for sample in samples], torch.long),
+        lags_N=torch.tensor(lags)[trained_N],
         old_logprobs_N=_old_logprobs(samples, trained_N),
         expert_ids_TLK=_pack_experts(samples),
     )

@@ -67,6 +67,7 @@ def build_samples(
         for completion, advantage in zip(group.completions, advantages, strict=True):
             if advantage is None:
                 continue
+            lag = version - completion.policy_version
             samples.append(
                 TrainingSample(
                     token_ids=[*prompt_ids, *completion.token_ids],
@@ -75,7 +76,7 @@ def build_samples(
                     advantage=advantage,
                     temperature=temperature,
                     expert_ids=completion.expert_ids,
-                    policy_lag=version - completion.policy_version,
+                    policy_lags=[0] * len(prompt_ids) + [lag] * len(completion.token_ids),
                 )
             )
     total = sum(len(group.completions) for group in groups)

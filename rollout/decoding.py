@@ -31,8 +31,8 @@ class Running:
     draws: random.Random
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    expert_rows: list[np.ndarray] = field(default_factory=list)
-    """[L, K] experts of each token that has passed the model since the prompt: all but the newest."""
+    experts: list[np.ndarray] = field(default_factory=list)
+    """[tokens, L, K] pieces: the prompt's experts, and those of each token sampled so far but the newest."""
     finish_reason: FinishReason | None = None
 
     def append(self, token: int, logprob: float, stop_token_id: int) -> None:
@@ -44,18 +44,16 @@ class Running:
         elif len(self.token_ids) == self.budget:
             self.finish_reason = FinishReason.LENGTH
 
-    def expert_ids(self, prompt_experts: Sequence[np.ndarray] | None) -> np.ndarray | None:
-        """As `Completion.expert_ids`, from what the decoder recorded of the prompts."""
-        if prompt_experts is None:
-            return None
-        return np.concatenate([prompt_experts[self.prompt], *(ids_LK[None] for ids_LK in self.expert_rows)])
+    def expert_ids(self) -> np.ndarray | None:
+        """As `Completion.expert_ids`."""
+        return np.concatenate(self.experts) if self.experts else None
 
 
 class Decoder(Protocol):
     """Continues a batch; rows are in the order of the samples it is given."""
 
-    prompt_experts: list[np.ndarray] | None
-    """[tokens, L, K] experts that each prompt used; None without experts."""
+    prompt_experts: list[list[np.ndarray]]
+    """What each prompt adds to `Running.experts`: one piece, or none in a model without experts."""
 
     def step(self, active: Sequence[Running]) -> None:
         """Grows every sample by at least one token, none of them finished."""
@@ -104,7 +102,7 @@ class Prefill:
     hidden_TD: Tensor
     layout: SequenceLayout
     cache: LatentCache
-    experts: list[np.ndarray] | None
+    experts: list[list[np.ndarray]]
     """As `Decoder.prompt_experts`."""
 
 
@@ -116,7 +114,8 @@ def prefill(model: DeepseekV3ForCausalLM, prompts: Sequence[Prompt], room: int) 
     ids_T = torch.tensor([token for prompt in prompts for token in prompt.token_ids])
     output = model(ids_T, layout, cache)
     ids_TLK = pack_ids(output.expert_ids, model.config.n_routed_experts)
-    experts = None if ids_TLK is None else np.split(ids_TLK, layout.offsets[1:-1])
+    pieces = [] if ids_TLK is None else np.split(ids_TLK, layout.offsets[1:-1])
+    experts = [[piece] for piece in pieces] or [[] for _ in prompts]
     return Prefill(ids_T=ids_T, hidden_TD=output.hidden_TD, layout=layout, cache=cache, experts=experts)
 
 
@@ -140,8 +139,8 @@ class PlainDecoder:
             self.hidden_BD = output.hidden_TD
             ids_BLK = pack_ids(output.expert_ids, self.model.config.n_routed_experts)
             if ids_BLK is not None:
-                for sample, ids_LK in zip(active, ids_BLK, strict=True):
-                    sample.expert_rows.append(ids_LK)
+                for row, sample in enumerate(active):
+                    sample.experts.append(ids_BLK[row : row + 1])
         temperature = self.params.temperature
         logprobs_BV = log_distribution(self.model.lm_head, self.hidden_BD, temperature)
         draws_B = uniforms(active, 1, temperature).squeeze(1)

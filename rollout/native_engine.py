@@ -10,7 +10,6 @@ fewer passes, though not the same completions for the same seeds.
 import random
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from models import SequenceLayout, load_hf_tensors, load_pretrained
@@ -55,6 +54,8 @@ class NativeEngine:
                    for i, prompt in enumerate(prompts) for index in range(params.num_completions)]  # fmt: skip
         decoder = self._prefill(prompts, params)
         decoder.select(torch.tensor([sample.prompt for sample in samples]))
+        for sample in samples:
+            sample.experts += decoder.prompt_experts[sample.prompt]
         active = samples
         while active:
             decoder.step(active)
@@ -62,7 +63,7 @@ class NativeEngine:
             if len(kept) < len(active):
                 decoder.select(torch.tensor(kept, dtype=torch.long))
                 active = [active[row] for row in kept]
-        return self._collect(prompts, samples, decoder.prompt_experts if self.config.record_experts else None)
+        return self._collect(prompts, samples)
 
     def _start(self, prompt_index: int, prompt: Prompt, index: int, params: SamplingParams) -> Running:
         seed = params.seed_of(prompt.id, index)
@@ -77,9 +78,7 @@ class NativeEngine:
             return SpeculativeDecoder(self.model, prompts, params, room, num_drafts, self._drafts)
         return PlainDecoder(self.model, prompts, params, room)
 
-    def _collect(
-        self, prompts: Sequence[Prompt], samples: list[Running], prompt_experts: list[np.ndarray] | None
-    ) -> list[CompletionGroup]:
+    def _collect(self, prompts: Sequence[Prompt], samples: list[Running]) -> list[CompletionGroup]:
         completions: list[list[Completion]] = [[] for _ in prompts]
         for sample in samples:
             assert sample.finish_reason is not None
@@ -90,7 +89,7 @@ class NativeEngine:
                     finish_reason=sample.finish_reason,
                     policy_version=self.version,
                     seed=sample.seed,
-                    expert_ids=sample.expert_ids(prompt_experts),
+                    expert_ids=sample.expert_ids() if self.config.record_experts else None,
                 )
             )
         return [CompletionGroup(prompt=p, completions=c) for p, c in zip(prompts, completions, strict=True)]

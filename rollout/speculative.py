@@ -191,6 +191,7 @@ class SpeculativeDecoder:
             for j in range(int(accepted_B[row]) + 1):
                 sample.append(ids[j], logprobs_BM[row][j], self.params.stop_token_id)
                 if experts_TLK is not None:
-                    sample.expert_rows.append(experts_TLK[row * len(ids) + j])
+                    given = row * len(ids) + j
+                    sample.experts.append(experts_TLK[given : given + 1])
                 if sample.finish_reason is not None:
                     break

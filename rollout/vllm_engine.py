@@ -109,7 +109,7 @@ class VLLMEngine:
         outputs: list[Any] = self._llm.generate(requests, params, use_tqdm=False)
         if self._recorder:
             for output in outputs:
-                self._recorder.take(output)  # nobody replays these
+                self._recorder.forget(output.request_id)  # nobody replays these
         return [
             [step[token].logprob for token, step in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)]
             for sequence, output in zip(sequences, outputs, strict=True)

@@ -57,6 +57,10 @@ class ExpertRecorder:
             return self._from_vllm(completion.routed_experts, num_rows)
         return self._assemble(self._passes.pop(output.request_id, []), num_rows)
 
+    def forget(self, request_id: str) -> None:
+        """Drops what is held of a request that will not be asked for: one that was aborted."""
+        self._passes.pop(request_id, None)
+
     def _from_vllm(self, recorded: np.ndarray | None, num_rows: int) -> np.ndarray:
         """From vLLM's [T, all layers, K], where dense layers, and tokens it lost, are zeros."""
         chunks = [] if recorded is None else [(0, recorded[:, self._layers])]

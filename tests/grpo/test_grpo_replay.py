@@ -93,7 +93,8 @@ def test_packing_by_hand() -> None:
     def sample(length: int, expert_ids: np.ndarray | None) -> TrainingSample:
         return TrainingSample(
             token_ids=list(range(length)), loss_mask=[False, *[True] * (length - 1)],
-            sampling_logprobs=[0.0] * length, expert_ids=expert_ids, policy_lag=length,
+            sampling_logprobs=[0.0] * length, policy_lags=[10 * length + n for n in range(length)],
+            expert_ids=expert_ids,
         )  # fmt: skip
 
     ids = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
@@ -104,7 +105,7 @@ def test_packing_by_hand() -> None:
     assert batch.expert_ids_TLK.tolist() == [
         [[0, 1], [2, 3]], [[-1, -1], [6, 7]], [[8, 9], [10, 11]], missing, *[missing] * 5,
     ]  # fmt: skip
-    assert batch.samples_N.tolist() == [1, 1, 1, 2, 2, 0] and batch.lags_N.tolist() == [4, 4, 4, 3, 3, 2]
+    assert batch.samples_N.tolist() == [1, 1, 1, 2, 2, 0] and batch.lags_N.tolist() == [41, 42, 43, 31, 32, 21]
     (without,) = pack([sample(2, None)], 100, "token")
     assert without.expert_ids_TLK is None and without.old_logprobs_N is None
     with pytest.raises(AssertionError, match="experts of 3 tokens for 3"):

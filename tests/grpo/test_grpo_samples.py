@@ -8,7 +8,9 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from grpo.samples import build_samples, reward_samples, score_groups
@@ -87,6 +89,15 @@ def test_sample_by_hand() -> None:
     assert (first.advantage, first.temperature) == (1.0, 0.7)
     assert (second.token_ids, second.advantage) == ([20, 21, 22, 2], -1.0)
     assert counts == {"samples/failed": 0.0, "samples/unscored": 0.0, "groups/without_spread": 0.0}
+
+
+def test_samples_know_how_old_their_weights_are_and_carry_their_experts() -> None:
+    group = make_group("p", [2, 1])
+    ids = np.zeros((4, 1, 2), dtype=np.uint8)
+    group.completions[0] = replace(group.completions[0], expert_ids=ids, policy_version=3)
+    (first, second), _ = build_samples([group], [scores(3, 1)], temperature=1.0, scale="none", version=5)
+    assert first.policy_lags == [0, 0, 0, 2, 2] and second.policy_lags == [0, 0, 0, 5]
+    assert first.expert_ids is ids and second.expert_ids is None
 
 
 def test_each_group_has_its_own_baseline() -> None:

@@ -5,10 +5,12 @@
 3. Engines that keep a stale tensor stop the run with the version at which it showed.
 4. A batch does not depend on the order in which groups arrive; minibatches share out each sample once.
 5. What is logged is what happened; wrong settings are refused.
+6. The mismatch alarm rings once per crossing; old log-probabilities are those before a batch's first minibatch.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from grpo.advantages import AdvantageScale, group_advantages
 from grpo.batch import TrainingSample
+from grpo.corrections import CorrectionConfig
 from grpo.learner import Learner, LearnerConfig
 from grpo.metrics import read_metrics
 from grpo.trainer import GRPOTrainer, TrainerConfig, batch_metrics
@@ -79,6 +82,7 @@ def make_trainer(
     learner: Learner | None = None,
     pool: LocalPool | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    on_alarm: Callable[[str], None] = lambda message: None,
     lr: float = 1e-2,
     **settings: Any,
 ) -> GRPOTrainer:
@@ -95,6 +99,7 @@ def make_trainer(
         STOP,
         run_dir,
         on_step,
+        on_alarm,
     )
 
 
@@ -262,6 +267,47 @@ def test_report_is_the_mean_but_mismatch_is_the_first(policy: Path, tmp_path: Pa
     assert row["policy/grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-12)
 
 
+class LouderPool(LocalPool):
+    """From the second rollout to the third, says of each token that it was likelier than it was."""
+
+    calls = 0
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
+        self.calls += 1
+        shift = 0.2 if self.calls in (2, 3) else 0.0
+        for group in super().generate(prompts, params):
+            completions = [replace(c, logprobs=[lp + shift for lp in c.logprobs]) for c in group.completions]
+            yield replace(group, completions=completions)
+
+
+def test_the_alarm_rings_once_and_is_logged(policy: Path, tmp_path: Path) -> None:
+    messages: list[str] = []
+    pool = LouderPool(ENGINE, str(policy))
+    make_trainer(policy, tmp_path, pool=pool, steps=4, minibatches=2, on_alarm=messages.append).run()
+    rows = read_metrics(tmp_path)
+    assert [row["mismatch/alarm"] for row in rows] == [0, 1, 1, 0]
+    assert len(messages) == 1 and "KL(sampler || learner) is 0.019 per token, allowed 0.0001" in messages[0]
+    assert all(row["mismatch/rows_without_experts"] == row["mismatch/other_experts"] == 0 for row in rows)
+
+
+def test_old_logprobs_are_those_before_the_first_minibatch(policy: Path, tmp_path: Path) -> None:
+    correction = CorrectionConfig(kind="token_tis", old_logprobs="learner")
+    for minibatches in (1, 3):
+        learner = RecordingLearner(
+            load_pretrained(policy), LearnerConfig(lr=1e-2, correction=correction), total_steps=50
+        )
+        learner.batches, learner.reports = [], []
+        initial = Learner(load_pretrained(policy), LearnerConfig(), total_steps=1)
+        make_trainer(policy, tmp_path / str(minibatches), learner=learner, steps=1, minibatches=minibatches).run()
+        for sample in (sample for batch in learner.batches for sample in batch):
+            if minibatches == 1:
+                assert sample.old_logprobs is None, "the update's own pass gives them"
+                continue
+            (scores,) = initial.score([sample.token_ids])
+            assert sample.old_logprobs is not None
+            assert sample.old_logprobs[3:] == pytest.approx(scores[2:], abs=1e-4)
+
+
 def test_every_step_draws_afresh_from_the_seed(policy: Path, tmp_path: Path) -> None:
     """Same weights and same prompts in every step (lr=0): only the seed can make the completions differ."""
 
@@ -349,6 +395,7 @@ def test_batch_metrics_by_hand() -> None:
         ({"completions_per_prompt": 1}, "completions_per_prompt must be >= 2 for a group baseline, got 1"),
         ({"minibatches": 0}, "minibatches=0 must divide the 256 samples"),
         ({"minibatches": 3}, "minibatches=3 must divide the 256 samples of a step"),
+        ({"mismatch_alarm_kl": 0.0}, "mismatch_alarm_kl must be > 0, got 0.0"),
         ({"temperature": 0.0}, "temperature must be > 0 to learn from samples, got 0.0"),
     ],
 )
