@@ -5,12 +5,10 @@
 3. Engines that keep a stale tensor stop the run with the version at which it showed.
 4. A batch does not depend on the order in which groups arrive; minibatches share out each sample once.
 5. What is logged is what happened; wrong settings are refused.
-6. The mismatch alarm rings once per crossing; old log-probabilities are those before a batch's first minibatch.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from torch import Tensor
 
 from grpo.advantages import AdvantageScale, group_advantages
 from grpo.batch import TrainingSample
-from grpo.corrections import CorrectionConfig
 from grpo.learner import Learner, LearnerConfig
 from grpo.metrics import read_metrics
 from grpo.trainer import GRPOTrainer, TrainerConfig, batch_metrics
@@ -265,47 +262,6 @@ def test_report_is_the_mean_but_mismatch_is_the_first(policy: Path, tmp_path: Pa
     assert learner.reports[2]["mismatch/abs_max"] > 1e-2
     norms = [report["policy/grad_norm"] for report in learner.reports]
     assert row["policy/grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-12)
-
-
-class LouderPool(LocalPool):
-    """From the second rollout to the third, says of each token that it was likelier than it was."""
-
-    calls = 0
-
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
-        self.calls += 1
-        shift = 0.2 if self.calls in (2, 3) else 0.0
-        for group in super().generate(prompts, params):
-            completions = [replace(c, logprobs=[lp + shift for lp in c.logprobs]) for c in group.completions]
-            yield replace(group, completions=completions)
-
-
-def test_the_alarm_rings_once_and_is_logged(policy: Path, tmp_path: Path) -> None:
-    messages: list[str] = []
-    pool = LouderPool(ENGINE, str(policy))
-    make_trainer(policy, tmp_path, pool=pool, steps=4, minibatches=2, on_alarm=messages.append).run()
-    rows = read_metrics(tmp_path)
-    assert [row["mismatch/alarm"] for row in rows] == [0, 1, 1, 0]
-    assert len(messages) == 1 and "KL(sampler || learner) is 0.019 per token, allowed 0.0001" in messages[0]
-    assert all(row["mismatch/rows_without_experts"] == row["mismatch/other_experts"] == 0 for row in rows)
-
-
-def test_old_logprobs_are_those_before_the_first_minibatch(policy: Path, tmp_path: Path) -> None:
-    correction = CorrectionConfig(kind="token_tis", old_logprobs="learner")
-    for minibatches in (1, 3):
-        learner = RecordingLearner(
-            load_pretrained(policy), LearnerConfig(lr=1e-2, correction=correction), total_steps=50
-        )
-        learner.batches, learner.reports = [], []
-        initial = Learner(load_pretrained(policy), LearnerConfig(), total_steps=1)
-        make_trainer(policy, tmp_path / str(minibatches), learner=learner, steps=1, minibatches=minibatches).run()
-        for sample in (sample for batch in learner.batches for sample in batch):
-            if minibatches == 1:
-                assert sample.old_logprobs is None, "the update's own pass gives them"
-                continue
-            (scores,) = initial.score([sample.token_ids])
-            assert sample.old_logprobs is not None
-            assert sample.old_logprobs[3:] == pytest.approx(scores[2:], abs=1e-4)
 
 
 def test_every_step_draws_afresh_from_the_seed(policy: Path, tmp_path: Path) -> None:
