@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models import DeepseekV3Config
-from rollout.router_replay import id_dtype, pack_ids, unrecorded
+from rollout.router_replay import pack_ids, unrecorded
 
 
 def recording_options(config: DeepseekV3Config, vllm_version: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class ExpertRecorder:
         ids_TLK = unrecorded(num_rows, len(self._layers), config.num_experts_per_tok, config.n_routed_experts)
         for first, chunk_TLK in chunks:
             kept = chunk_TLK[: max(0, num_rows - first)]  # an asynchronous engine may run the last sampled token, too
-            ids_TLK[first : first + len(kept)] = kept.astype(id_dtype(config.n_routed_experts, kept.shape[-1]))
+            ids_TLK[first : first + len(kept)] = kept
         return ids_TLK
 
     def _attach(self, worker: Any) -> None:
@@ -107,8 +107,8 @@ class ExpertRecorder:
         ids_TLK = pack_ids(self._current, self._config.n_routed_experts)
         assert ids_TLK is not None
         row = 0
-        for index, request in enumerate(batch.req_ids):
-            count = num_tokens.get(request, 0)
-            chunk = (int(batch.num_computed_tokens_cpu[index]), ids_TLK[row : row + count])
-            self._passes.setdefault(request.rpartition("-")[0], []).append(chunk)
-            row += count
+        starts = batch.num_computed_tokens_cpu[: len(batch.req_ids)].tolist()
+        for request, first in zip(batch.req_ids, starts, strict=True):
+            end = row + num_tokens.get(request, 0)
+            self._passes.setdefault(request.rpartition("-")[0], []).append((first, ids_TLK[row:end]))
+            row = end
