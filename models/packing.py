@@ -46,6 +46,37 @@ class _TakeRows(torch.autograd.Function):
         return grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:]).index_copy_(0, index, grads[0]), None
 
 
+class _SpreadRows(torch.autograd.Function):
+    """Row r of the result is `source[owner[r]]`; owner o owns the rows `rows[o]`, K of them. Twin: `source[owner]`.
+
+    Its backward pass is the forward pass of `_CollectRows` and the other way round, so both are gathers.
+    """
+
+    @staticmethod
+    def forward(ctx, source: Tensor, owner: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(owner, rows)
+        return source.index_select(0, owner)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        _, rows = ctx.saved_tensors
+        return grads[0][rows].sum(1), None, None
+
+
+class _CollectRows(torch.autograd.Function):
+    """Row o of the result is the sum of `source[rows[o]]`. Twin: `source[rows].sum(1)`."""
+
+    @staticmethod
+    def forward(ctx, source: Tensor, owner: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(owner, rows)
+        return source[rows].sum(1)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        owner, _ = ctx.saved_tensors
+        return grads[0].index_select(0, owner), None, None
+
+
 def move_rows(source: Tensor, target: Tensor, num_rows: int) -> Tensor:
     """Row i of `source` becomes row `target[i]` of `num_rows` rows, the others zero. `target` must not repeat."""
     return _MoveRows.apply(source, target, num_rows)  # type: ignore[no-any-return]
@@ -54,6 +85,16 @@ def move_rows(source: Tensor, target: Tensor, num_rows: int) -> Tensor:
 def take_rows(source: Tensor, index: Tensor) -> Tensor:
     """`source[index]`; `index` must not repeat."""
     return _TakeRows.apply(source, index)  # type: ignore[no-any-return]
+
+
+def spread_rows(source: Tensor, owner: Tensor, rows: Tensor) -> Tensor:
+    """[O, ...] -> [R, ...]: row r is `source[owner[r]]`; `rows` [O, K] are the places of each owner in `owner`."""
+    return _SpreadRows.apply(source, owner, rows)  # type: ignore[no-any-return]
+
+
+def collect_rows(source: Tensor, owner: Tensor, rows: Tensor) -> Tensor:
+    """[R, ...] -> [O, ...]: the sum of each owner's rows, the opposite of `spread_rows`."""
+    return _CollectRows.apply(source, owner, rows)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +107,28 @@ class SequenceLayout:
     """[T] position inside its own sequence."""
     padded_rows_T: Tensor
     """[T] row in the flattened [B * S] padded form."""
+    blocks: tuple[tuple[int, int], ...]
+    """(sequences, length) of each rectangle that attention works on: sequences of similar length, longest first."""
+    block_rows_T: Tensor
+    """[T] row in the rectangles, flattened and laid end to end."""
 
     @classmethod
     def from_lengths(cls, lengths: list[int], device: torch.device | str = "cpu") -> "SequenceLayout":
         assert lengths and min(lengths) >= 1, f"every sequence needs at least one token, got lengths {lengths}"
         longest = max(lengths)
-        lengths_B = torch.tensor(lengths, device=device)
+        lengths_B = torch.tensor(lengths)
         starts_B = lengths_B.cumsum(0) - lengths_B
-        positions_T = torch.arange(sum(lengths), device=device) - starts_B.repeat_interleave(lengths_B)
-        rows_B = torch.arange(len(lengths), device=device) * longest
-        padded_rows_T = rows_B.repeat_interleave(lengths_B) + positions_T
-        return cls(lengths=tuple(lengths), positions_T=positions_T, padded_rows_T=padded_rows_T)
+        positions_T = torch.arange(sum(lengths)) - starts_B.repeat_interleave(lengths_B)
+        padded_rows_T = (torch.arange(len(lengths)) * longest).repeat_interleave(lengths_B) + positions_T
+        blocks, first_rows = _rectangles(lengths)
+        block_rows_T = torch.tensor(first_rows).repeat_interleave(lengths_B) + positions_T
+        return cls(
+            lengths=tuple(lengths),
+            positions_T=positions_T.to(device),
+            padded_rows_T=padded_rows_T.to(device),
+            blocks=blocks,
+            block_rows_T=block_rows_T.to(device),
+        )
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -103,3 +155,38 @@ class SequenceLayout:
         """[B, S, ...] -> [T, ...]."""
         x_rows = x_BS.reshape(-1, *x_BS.shape[2:])
         return x_rows if self.is_rectangular else take_rows(x_rows, self.padded_rows_T)
+
+    def split_blocks(self, x_T: Tensor) -> list[Tensor]:
+        """[T, ...] -> one [b, s, ...] for each of `blocks`, with zeros behind each sequence's end."""
+        if self.is_rectangular:
+            return [self.pad(x_T)]
+        x_rows = move_rows(x_T, self.block_rows_T, sum(count * length for count, length in self.blocks))
+        parts = x_rows.split([count * length for count, length in self.blocks])
+        return [part.unflatten(0, block) for part, block in zip(parts, self.blocks, strict=True)]
+
+    def join_blocks(self, blocks: list[Tensor]) -> Tensor:
+        """The opposite of `split_blocks`."""
+        if self.is_rectangular:
+            return self.unpad(blocks[0])
+        return take_rows(torch.cat([block.flatten(0, 1) for block in blocks]), self.block_rows_T)
+
+
+def _rectangles(lengths: list[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
+    """Blocks of sequences of similar length, and for each sequence the row where it begins.
+
+    A sequence joins the block of the next longer one if it fills at least three quarters of the block's length, or
+    falls short by no more than 64: less padding than that costs less than another block.
+    """
+    blocks: list[tuple[int, int]] = []
+    first_rows = [0] * len(lengths)
+    next_row = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        count, length = blocks[-1] if blocks else (0, 0)
+        if length - lengths[index] <= max(64, length // 4) and blocks:
+            blocks[-1] = (count + 1, length)
+        else:
+            length = lengths[index]
+            blocks.append((1, length))
+        first_rows[index] = next_row
+        next_row += length
+    return tuple(blocks), first_rows
