@@ -21,6 +21,7 @@ from models.packing import SequenceLayout
 from models.rope import rotate, rotate_last
 
 _KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_LONGEST_FLASH = 2048
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -54,9 +55,7 @@ class MultiHeadLatentAttention(nn.Module):
             cache.fill(self.layer, layout, kv_c_TC, k_pe_TR)
         k_nope_THU, v_THW = self._split_heads(self.kv_b_proj(kv_c_TC)).split([self.dims[0], self.v_head_dim], dim=-1)
         k_THX = append_shared(k_nope_THU, k_pe_TR)
-        blocks = zip(*(layout.split_blocks(x_TH) for x_TH in (q_THX, k_THX, v_THW)), strict=True)
-        out_THW = layout.join_blocks([causal_attention(q, k, v, self.scale) for q, k, v in blocks])
-        return self.o_proj(out_THW.flatten(1))
+        return self.o_proj(causal_attention(q_THX, k_THX, v_THW, layout, self.scale).flatten(1))
 
     def decode(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
         """Absorbed form: M new tokens of each sequence attend to the cached latents, themselves and each other.
@@ -98,15 +97,39 @@ class MultiHeadLatentAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
 
-def causal_attention(q_BSHX: Tensor, k_BSHX: Tensor, v_BSHW: Tensor, scale: float) -> Tensor:
-    """The one place that chooses the kernel; [B, S, H, ...] in, [B, S, H, W] out.
+def causal_attention(q_THX: Tensor, k_THX: Tensor, v_THW: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+    """Attention inside each packed sequence, -> [T, H, W]. The one place that chooses the kernel.
 
-    Padding stands behind each sequence, where causality hides it from real tokens. On CUDA cuDNN's kernel comes first:
-    it takes values narrower than keys and was the fastest measured (docs/performance.md).
+    In rectangles by default: padding stands behind each sequence, where causality hides it from real tokens. On CUDA,
+    cuDNN's kernel comes first, twice as fast as flash attention on long sequences because it takes values narrower than
+    keys; but each new shape costs it an eighth of a second. Shorter sequences of mixed lengths therefore take flash
+    attention, which knows no shapes (docs/performance.md).
     """
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHX, k_BSHX, v_BSHW))
-    with sdpa_kernel(_KERNELS, set_priority=True) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    half_on_gpu = q_THX.is_cuda and q_THX.dtype in (torch.bfloat16, torch.float16)
+    if half_on_gpu and not layout.is_one_block and max(layout.lengths) <= _LONGEST_FLASH:
+        return _flash_attention(q_THX, k_THX, v_THW, layout, scale)
+    out_blocks = []
+    for q, k, v in zip(*map(layout.split_blocks, (q_THX, k_THX, v_THW)), strict=True):
+        with sdpa_kernel(_KERNELS, set_priority=True) if q.is_cuda else nullcontext():
+            out_BHSW = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=scale
+            )
+        out_blocks.append(out_BHSW.transpose(1, 2))
+    return layout.join_blocks(out_blocks)
+
+
+def _flash_attention(q_THX: Tensor, k_THX: Tensor, v_THW: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+    """PyTorch's flash attention over packed sequences, for values padded to the width of keys."""
+    from torch.nn.attention.varlen import varlen_attn  # CUDA only
+
+    longest, width = max(layout.lengths), v_THW.shape[-1]
+    v_THX = F.pad(v_THW, (0, q_THX.shape[-1] - width))
+    offsets_B, causal = layout.offsets_B, (-1, 0)
+    out_THX = varlen_attn(
+        q_THX, k_THX, v_THX, offsets_B, offsets_B, longest, longest, scale=scale, window_size=causal
+    )  # fmt: skip
+    assert isinstance(out_THX, Tensor)
+    return out_THX[..., :width]
 
 
 @fused

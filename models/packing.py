@@ -7,9 +7,11 @@ Every per-token layer works on packed tokens [T, ...]; only attention needs to k
     x_T = layout.unpad(x_BS)
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -107,8 +109,10 @@ class SequenceLayout:
     """[T] position inside its own sequence."""
     padded_rows_T: Tensor
     """[T] row in the flattened [B * S] padded form."""
+    offsets_B: Tensor
+    """[B + 1] index of each sequence's first token, and the total; int32, as attention kernels take it."""
     blocks: tuple[tuple[int, int], ...]
-    """(sequences, length) of each rectangle that attention works on: sequences of similar length, longest first."""
+    """(sequences, padded length) of each rectangle that attention works on, longest first."""
     block_rows_T: Tensor
     """[T] row in the rectangles, flattened and laid end to end."""
 
@@ -126,6 +130,7 @@ class SequenceLayout:
             lengths=tuple(lengths),
             positions_T=positions_T.to(device),
             padded_rows_T=padded_rows_T.to(device),
+            offsets_B=F.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32).to(device),
             blocks=blocks,
             block_rows_T=block_rows_T.to(device),
         )
@@ -144,6 +149,11 @@ class SequenceLayout:
         """All sequences are equally long, so padded and packed forms are the same memory."""
         return min(self.lengths) == max(self.lengths)
 
+    @property
+    def is_one_block(self) -> bool:
+        """Attention works on one rectangle without padding, which is the packed memory itself."""
+        return len(self.blocks) == 1 and self.blocks[0][0] * self.blocks[0][1] == sum(self.lengths)
+
     def pad(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [B, S, ...] with zeros behind each sequence's end."""
         num_sequences, longest = len(self.lengths), max(self.lengths)
@@ -158,35 +168,42 @@ class SequenceLayout:
 
     def split_blocks(self, x_T: Tensor) -> list[Tensor]:
         """[T, ...] -> one [b, s, ...] for each of `blocks`, with zeros behind each sequence's end."""
-        if self.is_rectangular:
-            return [self.pad(x_T)]
+        if self.is_one_block:
+            return [x_T.unflatten(0, self.blocks[0])]
         x_rows = move_rows(x_T, self.block_rows_T, sum(count * length for count, length in self.blocks))
         parts = x_rows.split([count * length for count, length in self.blocks])
         return [part.unflatten(0, block) for part, block in zip(parts, self.blocks, strict=True)]
 
     def join_blocks(self, blocks: list[Tensor]) -> Tensor:
         """The opposite of `split_blocks`."""
-        if self.is_rectangular:
-            return self.unpad(blocks[0])
+        if self.is_one_block:
+            return blocks[0].flatten(0, 1)
         return take_rows(torch.cat([block.flatten(0, 1) for block in blocks]), self.block_rows_T)
 
 
 def _rectangles(lengths: list[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
-    """Blocks of sequences of similar length, and for each sequence the row where it begins.
+    """Blocks of sequences of nearly the same length, longest first, and the row where each sequence begins.
 
-    A sequence joins the block of the next longer one if it fills at least three quarters of the block's length, or
-    falls short by no more than 64: less padding than that costs less than another block.
+    Several sequences of one length are one block as they are, as in training on texts cut to that length. Otherwise
+    lengths are rounded up to one of four steps per doubling, and a block holds a power of two of sequences: on a GPU,
+    attention spends an eighth of a second on preparing each new shape, so the shapes of a run must be few.
     """
+    if len(lengths) > 1 and min(lengths) == max(lengths):
+        return ((len(lengths), lengths[0]),), list(range(0, sum(lengths), lengths[0]))
+    padded = [_rounded_up(length) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: -padded[i])
     blocks: list[tuple[int, int]] = []
+    for length, same in itertools.groupby(padded[i] for i in order):
+        count = len(list(same))
+        blocks += [(1 << bit, length) for bit in reversed(range(count.bit_length())) if count >> bit & 1]
     first_rows = [0] * len(lengths)
     next_row = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        count, length = blocks[-1] if blocks else (0, 0)
-        if length - lengths[index] <= max(64, length // 4) and blocks:
-            blocks[-1] = (count + 1, length)
-        else:
-            length = lengths[index]
-            blocks.append((1, length))
-        first_rows[index] = next_row
-        next_row += length
+    for i in order:
+        first_rows[i] = next_row
+        next_row += padded[i]
     return tuple(blocks), first_rows
+
+
+def _rounded_up(length: int) -> int:
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
