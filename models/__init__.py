@@ -7,6 +7,7 @@ Imports nothing else of this project.
     models.save_pretrained(model, "out_dir")
 """
 
+from models.allocate import build_model
 from models.auto import (
     CausalLM,
     TransformersCausalLM,
@@ -33,6 +34,7 @@ __all__ = [
     "RopeParameters",
     "SequenceLayout",
     "TransformersCausalLM",
+    "build_model",
     "find_config",
     "from_pretrained",
     "hf_tensors",

@@ -4,17 +4,24 @@ Both read the same parameters, named as in the checkpoint. Naive expands the lat
 absorbed moves that expansion onto the query and the output, so that one latent per token is all it needs of the past.
 
 Shapes: T tokens, B sequences, M new tokens of a sequence, S positions, D hidden, H heads, C kv latent, R rotary and
-U unrotated part of a query or key head, W value head.
+U unrotated part of a query or key head of X = U + R, W value head.
 """
+
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.cache import LatentCache
 from models.config import DeepseekV3Config
+from models.fused import fused
 from models.packing import SequenceLayout
-from models.rope import rotate
+from models.rope import rotate, rotate_last
+
+_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_LONGEST_FLASH = 2048
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -43,18 +50,12 @@ class MultiHeadLatentAttention(nn.Module):
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layout: SequenceLayout, cache: LatentCache | None = None
     ) -> Tensor:
         """Naive form: causal attention inside each packed sequence, [T, D] -> [T, D]; fills `cache` when given."""
-        q_nope_THU, q_pe_THR, kv_c_TC, k_pe_TR = self._project(x_TD, rope)
+        q_THX, kv_c_TC, k_pe_TR = self._project(x_TD, rope)
         if cache is not None:
             cache.fill(self.layer, layout, kv_c_TC, k_pe_TR)
         k_nope_THU, v_THW = self._split_heads(self.kv_b_proj(kv_c_TC)).split([self.dims[0], self.v_head_dim], dim=-1)
-        k_pe_THR = k_pe_TR[:, None, :].expand(-1, self.num_heads, -1)
-        # Padding stands behind each sequence, where causality hides it; padded queries are dropped by unpad.
-        q_BHS, k_BHS, v_BHS = (
-            layout.pad(x).transpose(1, 2)
-            for x in (torch.cat([q_nope_THU, q_pe_THR], -1), torch.cat([k_nope_THU, k_pe_THR], -1), v_THW)
-        )
-        out_BHSW = F.scaled_dot_product_attention(q_BHS, k_BHS, v_BHS, is_causal=True, scale=self.scale)
-        return self.o_proj(layout.unpad(out_BHSW.transpose(1, 2)).flatten(1))
+        k_THX = append_shared(k_nope_THU, k_pe_TR)
+        return self.o_proj(causal_attention(q_THX, k_THX, v_THW, layout, self.scale).flatten(1))
 
     def decode(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
         """Absorbed form: M new tokens of each sequence attend to the cached latents, themselves and each other.
@@ -63,7 +64,8 @@ class MultiHeadLatentAttention(nn.Module):
         the cache by `advance`, once, after the last layer.
         """
         num_new = len(x_TD) // len(cache.lengths_B)
-        q_nope_BMHU, q_pe_BMHR, kv_c_BMC, k_pe_BMR = (x.unflatten(0, (-1, num_new)) for x in self._project(x_TD, rope))
+        q_BMHX, kv_c_BMC, k_pe_BMR = (x.unflatten(0, (-1, num_new)) for x in self._project(x_TD, rope))
+        q_nope_BMHU, q_pe_BMHR = q_BMHX.split(self.dims, dim=-1)
         cache.append(self.layer, kv_c_BMC, k_pe_BMR)
         longest = int(cache.lengths_B.max()) + num_new
         kv_c_BSC, k_pe_BSR = cache.kv_c_LBSC[self.layer][:, :longest], cache.k_pe_LBSR[self.layer][:, :longest]
@@ -80,17 +82,57 @@ class MultiHeadLatentAttention(nn.Module):
         out_BMHW = torch.einsum("bmhc,hwc->bmhw", out_c_BMHC, up_v_HWC)
         return self.o_proj(out_BMHW.reshape(len(x_TD), -1))
 
-    def _project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries per head (plain and rotated part), normalised latent, and the rotated key that all heads share."""
+    def _project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries per head, their last part rotated; normalised latent; the rotated key that all heads share."""
         cos_TR, sin_TR = rope
         if hasattr(self, "q_proj"):
             q = self.q_proj(x_TD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
-        q_nope_THU, q_pe_THR = self._split_heads(q).split(self.dims, dim=-1)
+        q_THX = rotate_last(self._split_heads(q), cos_TR[:, None], sin_TR[:, None])
         kv_c_TC, k_pe_TR = self.kv_a_proj_with_mqa(x_TD).split([self.kv_lora_rank, self.dims[1]], dim=-1)
-        q_pe_THR = rotate(q_pe_THR, cos_TR[:, None], sin_TR[:, None])
-        return q_nope_THU, q_pe_THR, self.kv_a_layernorm(kv_c_TC), rotate(k_pe_TR, cos_TR, sin_TR)
+        return q_THX, self.kv_a_layernorm(kv_c_TC), rotate(k_pe_TR, cos_TR, sin_TR)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
+
+
+def causal_attention(q_THX: Tensor, k_THX: Tensor, v_THW: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+    """Attention inside each packed sequence, -> [T, H, W]. The one place that chooses the kernel.
+
+    In rectangles by default: padding stands behind each sequence, where causality hides it from real tokens. On CUDA,
+    cuDNN's kernel comes first, twice as fast as flash attention on long sequences because it takes values narrower than
+    keys; but each new shape costs it an eighth of a second. Shorter sequences of mixed lengths therefore take flash
+    attention, which knows no shapes (docs/performance.md).
+    """
+    half_on_gpu = q_THX.is_cuda and q_THX.dtype in (torch.bfloat16, torch.float16)
+    if half_on_gpu and not layout.is_one_block and max(layout.lengths) <= _LONGEST_FLASH:
+        return _flash_attention(q_THX, k_THX, v_THW, layout, scale)
+    out_blocks = []
+    for q, k, v in zip(*map(layout.split_blocks, (q_THX, k_THX, v_THW)), strict=True):
+        with sdpa_kernel(_KERNELS, set_priority=True) if q.is_cuda else nullcontext():
+            out_BHSW = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=scale
+            )
+        out_blocks.append(out_BHSW.transpose(1, 2))
+    return layout.join_blocks(out_blocks)
+
+
+def _flash_attention(q_THX: Tensor, k_THX: Tensor, v_THW: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+    """PyTorch's flash attention over packed sequences, for values padded to the width of keys."""
+    from torch.nn.attention.varlen import varlen_attn  # CUDA only
+
+    longest, width = max(layout.lengths), v_THW.shape[-1]
+    v_THX = F.pad(v_THW, (0, q_THX.shape[-1] - width))
+    offsets_B, causal = layout.offsets_B, (-1, 0)
+    out_THX = varlen_attn(
+        q_THX, k_THX, v_THX, offsets_B, offsets_B, longest, longest, scale=scale, window_size=causal
+    )  # fmt: skip
+    assert isinstance(out_THX, Tensor)
+    return out_THX[..., :width]
+
+
+@fused
+def append_shared(k_nope_THU: Tensor, k_pe_TR: Tensor) -> Tensor:
+    """Each head's own part of the keys, then the rotated part that all heads share."""
+    return torch.cat([k_nope_THU, k_pe_TR[:, None, :].expand(-1, k_nope_THU.shape[1], -1)], dim=-1)

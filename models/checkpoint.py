@@ -20,12 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.allocate import allocate, skeleton
 from models.config import DeepseekV3Config, ScaleFormat
 from models.fp8 import quantization_config, quantize_tensors, read_weight, weight_names
 from models.mtp import shared_copies
-from models.rope import RotaryTable, inverse_frequencies
 from models.shards import DEFAULT_SHARD_BYTES, TensorFiles, refuse, write_shards
 from models.transformer import DeepseekV3ForCausalLM
 
@@ -174,12 +174,11 @@ def load_pretrained(
     config = DeepseekV3Config.load(folder)
     if drop_mtp:
         config = replace(config, num_nextn_predict_layers=0)
-    with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(config)
+    model = skeleton(config)
     files = TensorFiles(folder)
     names = [n for n in weight_names(files) if not (drop_mtp and layer_of(n) >= config.num_hidden_layers)]
     _check_fit(model, files, names)
-    _allocate(model, dtype, torch.device(device))
+    allocate(model, dtype, torch.device(device))
     load_hf_tensors(model, ((name, read_weight(files, name)) for name in names), source=str(folder))
     return model
 
@@ -211,23 +210,6 @@ def _check_fit(model: DeepseekV3ForCausalLM, files: TensorFiles, names: list[str
     present = set(names)
     problems += [f"missing {name}" for name in targets if name not in present]
     refuse(problems, str(files.folder), _MISFIT)
-
-
-def _allocate(model: DeepseekV3ForCausalLM, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives a model on the meta device its memory, for a checkpoint to fill; parameters that were one stay one."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
-            setattr(module, name, made[parameter])
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device=device))
-        if isinstance(module, RotaryTable):  # no checkpoint holds its frequencies
-            rope = model.config.rope_parameters
-            module.inverse_frequencies_R = inverse_frequencies(model.config.qk_rope_head_dim, rope).to(device)
-        else:
-            assert not module._non_persistent_buffers_set, f"{type(module).__name__} has a buffer that nothing fills"
 
 
 def tensor_shapes(folder: str | Path) -> dict[str, list[int]]:

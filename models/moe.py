@@ -1,7 +1,7 @@
 """Mixture of experts as in DeepSeek-V3 (arXiv:2412.19437 section 2.1.2): sigmoid router with a correction bias, shared
 expert.
 
-Shapes: T tokens, D hidden, E routed experts, K experts per token, F expert width.
+Shapes: T tokens, D hidden, E routed experts, K experts per token, F expert width, R = T * K rows sorted by expert.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import DeepseekV3Config
-from models.packing import take_rows
+from models.fused import fused
+from models.packing import collect_rows, spread_rows, take_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +88,13 @@ class Router(nn.Module):
         return choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
 
 
+@fused
+def weighted_swiglu(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
+    """silu(gate) * up * weight, [R, 2F] and [R] -> [R, F], computed in float32."""
+    gate_RF, up_RF = gate_up_RF.float().chunk(2, dim=-1)
+    return (F.silu(gate_RF) * up_RF * weights_R[:, None]).to(gate_up_RF.dtype)
+
+
 class RoutedExperts(nn.Module):
     """All routed experts of a layer, stacked; on disk each has its own three tensors."""
 
@@ -97,21 +105,23 @@ class RoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Sum over each token's K experts of weight * expert(x), [T, D]."""
-        num_tokens, top_k = ids_TK.shape
-        order = ids_TK.flatten().argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts_E = torch.bincount(ids_TK.flatten(), minlength=len(self.down_proj))
-        repeated = x_TD[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
-        by_expert = self._run(take_rows(repeated, order), counts_E)
-        out_TKD = take_rows(by_expert, inverse).view(num_tokens, top_k, -1)
-        return torch.einsum("tkd,tk->td", out_TKD, weights_TK.to(out_TKD.dtype))
+        """Sum over each token's K experts of weight * expert(x), [T, D].
 
-    def _run(self, x: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert, `counts_E` rows each, through their expert."""
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends_E)
+        Each token becomes K rows, sorted by expert. The weights enter between the two products, where rows are
+        narrowest; the second product is linear, so the sum is the same.
+        """
+        experts_R, order_R = ids_TK.flatten().sort(stable=True)
+        rows_TK = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+        rows_TK = rows_TK.view_as(ids_TK)  # where each token's K rows stand
+        tokens_R = order_R // ids_TK.shape[1]
+        experts_E = torch.arange(len(self.down_proj), device=order_R.device)
+        ends_E = torch.searchsorted(experts_R, experts_E, right=True, out_int32=True)
+
+        x_RD = spread_rows(x_TD, tokens_R, rows_TK)
+        gate_up_RF = F.grouped_mm(x_RD, self.gate_up_proj.transpose(1, 2), offs=ends_E)
+        inner_RF = weighted_swiglu(gate_up_RF, take_rows(weights_TK.flatten(), order_R))
+        out_RD = F.grouped_mm(inner_RF, self.down_proj.transpose(1, 2), offs=ends_E)
+        return collect_rows(out_RD, tokens_R, rows_TK)
 
     def loop(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The plain twin of `forward`: one expert after the other."""

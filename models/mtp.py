@@ -13,11 +13,11 @@ Shapes: T packed tokens, N tokens with a target, D hidden, V vocabulary.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.decoder_layer import PredictionModule
+from models.head import linear_cross_entropy
 from models.moe import MixtureOfExperts, Router, Routing
 from models.packing import SequenceLayout, take_rows
 from models.transformer import DeepseekV3ForCausalLM, ModelOutput
@@ -62,7 +62,7 @@ def mtp_loss(
         weights_N = torch.full_like(hidden_ND[:, 0], 1 / len(rows_N), dtype=torch.float32)
         if target_weights_T is not None:
             weights_N = target_weights_T[targets_N]
-        loss = loss + _cross_entropy(hidden_ND, model.lm_head.weight, ids_T[targets_N], weights_N)
+        loss = loss + linear_cross_entropy(hidden_ND, model.lm_head.weight, ids_T[targets_N], weights_N)
     return loss * (weight / len(modules)), recorded
 
 
@@ -75,21 +75,6 @@ def _predict(
     if model.model.checkpoint_layers and torch.is_grad_enabled():
         return checkpoint(module.predict, embedded_ND, hidden_ND, rope, layout, use_reentrant=False)  # type: ignore
     return module.predict(embedded_ND, hidden_ND, rope, layout)
-
-
-def _cross_entropy(
-    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor, *, chunk_size: int = 2048
-) -> Tensor:
-    """sum_n weights_n * -log softmax(hidden head^T)[targets_n], with at most [chunk_size, V] logits at once."""
-
-    def chunk_loss(hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-        losses_N = F.cross_entropy(F.linear(hidden_ND, head_VD).float(), targets_N, reduction="none")
-        return (losses_N * weights_N).sum()
-
-    if len(targets_N) <= chunk_size:
-        return chunk_loss(hidden_ND, targets_N, weights_N)
-    chunks = zip(*(x.split(chunk_size) for x in (hidden_ND, targets_N, weights_N)), strict=True)
-    return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
 def prediction_routers(model: DeepseekV3ForCausalLM) -> dict[int, Router]:

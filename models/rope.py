@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import DeepseekV3Config, RopeParameters
+from models.fused import fused
 
 
 def inverse_frequencies(dim: int, rope: RopeParameters) -> Tensor:
@@ -39,6 +40,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+
+
+@fused
+def rotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the last R of the last dimension, where cos and sin have R / 2, and leaves what stands before them."""
+    plain, rotary = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
+    return torch.cat([plain, rotate(rotary, cos, sin)], dim=-1)
 
 
 class RotaryTable(nn.Module):

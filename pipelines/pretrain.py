@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo.batch import MicroBatch, TrainingSample, pack
-from grpo.logprobs import token_logprobs
 from grpo.schedule import learning_rate
-from models import DeepseekV3ForCausalLM, find_config
+from models import DeepseekV3ForCausalLM, build_model, find_config
 from models.balance import load_metrics, update_correction_bias
 from models.checkpoint import replace_folder, write_checkpoint
+from models.head import linear_cross_entropy
 from models.moe import Routing
 from models.mtp import mtp_loss, prediction_routers
 from pipelines.config import write_config
@@ -98,10 +98,9 @@ def run_pretrain(config: PretrainConfig) -> Path:
     end = tokenizer.eos_token_id
     documents = [[*ids, end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     assert isinstance(end, int) and isinstance(tokenizer.pad_token_id, int)
-    model = DeepseekV3ForCausalLM(
-        find_config(config.architecture).with_vocabulary(len(tokenizer), bos=None, eos=end, pad=tokenizer.pad_token_id)
-    )
-    model.init_weights(config.seed)
+    sizes = find_config(config.architecture)
+    sizes = sizes.with_vocabulary(len(tokenizer), bos=None, eos=end, pad=tokenizer.pad_token_id)
+    model = build_model(sizes, seed=config.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens = sum(map(len, documents))
     console.print(
@@ -161,8 +160,7 @@ def _backward(model: DeepseekV3ForCausalLM, batch: MicroBatch, mtp_weight: float
     """Adds a micro-batch's gradient; its next-token loss and how each layer routed it, prediction modules included."""
     output = model(batch.ids_T, batch.layout)
     predictors_ND = output.hidden_TD.index_select(0, batch.predictors_N)
-    logprobs_N, _ = token_logprobs(predictors_ND, model.lm_head.weight, batch.targets_N, batch.temperatures_N)
-    loss = -(logprobs_N * batch.weights_N).sum()
+    loss = linear_cross_entropy(predictors_ND, model.lm_head.weight, batch.targets_N, batch.weights_N)
     if not mtp_weight:
         loss.backward()
         return loss.item(), output.routing

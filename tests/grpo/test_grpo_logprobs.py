@@ -108,7 +108,7 @@ def test_chunks_keep_no_logits_for_the_backward_pass() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         token_logprobs(*inputs, chunk_size=4)
-        assert (4, D) in saved, "a chunk's hidden states are what it is recomputed from"
+        assert (N, D) in saved, "the hidden states are what logits are computed from again"
         assert not [shape for shape in saved if shape[-1] == V]
         plain_logprobs(*inputs)
         assert (N, V) in saved

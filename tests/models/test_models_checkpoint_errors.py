@@ -151,7 +151,7 @@ def test_tensors_that_do_not_fit(case: str, single: dict[str, bytes], tmp_path) 
 def test_misfits_are_found_before_memory_is_taken(single: dict[str, bytes], tmp_path, monkeypatch) -> None:
     unpack(single, tmp_path)
     edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.pop(NORM))
-    monkeypatch.setattr("models.checkpoint._allocate", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr("models.checkpoint.allocate", lambda *_: pytest.fail("allocated"))
     with pytest.raises(ValueError, match="missing"):
         load_pretrained(tmp_path)
 
