@@ -23,7 +23,7 @@ from grpo.batch import TrainingSample, pack
 from grpo.logprobs import token_logprobs
 from grpo.mismatch import MismatchMeter
 from models import DeepseekV3Config, SequenceLayout, find_config, load_pretrained, save_pretrained
-from models.transformer import DeepseekV3ForCausalLM
+from models.allocate import build_model
 from rollout.engine import EngineConfig, build_engine
 from rollout.sample import CompletionGroup, Prompt, SamplingParams
 
@@ -43,12 +43,7 @@ ROWS = (
 
 def write_model(config: DeepseekV3Config, folder: Path, device: str, dtype: torch.dtype, sharpness: float) -> None:
     """Random weights, made on the device; `sharpness` is the spread of the logits."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        model = DeepseekV3ForCausalLM(config)
-    torch.set_default_dtype(default)
-    model.init_weights(0)
+    model = build_model(config, seed=0, dtype=dtype, device=device)
     model.lm_head.weight.data *= sharpness
     save_pretrained(model, folder)
 

@@ -19,12 +19,11 @@ import torch
 
 from grpo.learner import Learner
 from grpo.trainer import GRPOTrainer
-from models import load_pretrained
 from pipelines.config import read_config
 from pipelines.console import console
 from pipelines.prompting import decoder, stop_token
 from pipelines.recipes import ZERO_RECIPES
-from pipelines.zero import PreparedRun, ZeroConfig, prepare
+from pipelines.zero import PreparedRun, ZeroConfig, build_learner, prepare
 from rollout.pool import EnginePool, build_pool
 from rollout.weight_sync import SyncError
 
@@ -67,7 +66,7 @@ def run_doctor(config: DoctorConfig) -> int:
     with tempfile.TemporaryDirectory() as out:
         run = prepare(still(zero, config.steps, Path(out) / "run"))
         torch.set_num_threads(run.config.num_threads)
-        learner = Learner(load_pretrained(run.config.model), run.config.learner, total_steps=config.steps)
+        learner = build_learner(run.config)
         with console.status("starting the engines"):
             pool = build_pool(run.config.engine, run.config.model)
         try:

@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 
 from grpo.learner import Learner
-from models import load_pretrained
 from pipelines import doctor
 from pipelines.config import write_config
 from pipelines.doctor import DoctorConfig, Finding, examine, find_recipe, judge, still
 from pipelines.recipes import zero_ledger
-from pipelines.zero import ZeroConfig, prepare
+from pipelines.zero import ZeroConfig, build_learner, prepare
 from rollout.engine import EngineConfig, WeightStream
 from rollout.pool import LocalPool
 from rollout.sample import CompletionGroup, Prompt, SamplingParams
@@ -95,7 +94,7 @@ def test_each_drift_is_named(
     pool: type[Pool], breakage: Callable[[Learner], None], failed: dict[str, str], recipe: ZeroConfig, tmp_path: Path
 ) -> None:
     run = prepare(still(recipe, STEPS, tmp_path / "run"))
-    learner = Learner(load_pretrained(recipe.model), run.config.learner, total_steps=STEPS)
+    learner = build_learner(run.config)
     breakage(learner)
     findings = {finding.check: finding for finding in examine(run, learner, pool(recipe), STEPS)}
     assert list(findings) == ["weights", "sync", "probe", "mismatch", "experts"]
@@ -110,8 +109,7 @@ def test_each_drift_is_named(
 
 def test_rows_without_experts_warn(recipe: ZeroConfig, tmp_path: Path) -> None:
     run = prepare(still(recipe, 1, tmp_path / "run"))
-    learner = Learner(load_pretrained(recipe.model), run.config.learner, total_steps=1)
-    findings = {finding.check: finding for finding in examine(run, learner, ForgetfulPool(recipe), 1)}
+    findings = {f.check: f for f in examine(run, build_learner(run.config), ForgetfulPool(recipe), 1)}
     assert findings["experts"].level == "warning" and "are not replayed" in findings["experts"].text
 
 
