@@ -1,6 +1,6 @@
 """How many programs a second the code reward grades, and whether right ones pass: over HumanEval, MBPP, LeetCode files.
 
-    python bench/code_rewards.py --humaneval HumanEval.jsonl.gz [--mbpp mbpp.jsonl.gz] [--leetcode LeetCode*.jsonl.gz]
+    python -m bench.code_rewards --humaneval HumanEval.jsonl.gz [--mbpp mbpp.jsonl.gz] [--leetcode LeetCode*.jsonl.gz]
         [--sandbox auto] [--workers 2] [--rounds 3] [--packages DIR]
 
 Prints, per file: right solutions that pass, wrong variants that do (`return None`; answers off by one where they are

@@ -1,7 +1,7 @@
 """Forward and backward speed of our model beside transformers' DeepseekV3, in one run.
 
-    python bench/model.py --preset tiny                                        # CPU, float32
-    python bench/model.py --preset 16b-a3b --layers 8 --device cuda --dtype bfloat16 --tokens 8192
+    python -m bench.model --preset tiny                                        # CPU, float32
+    python -m bench.model --preset 16b-a3b --layers 8 --device cuda --dtype bfloat16 --tokens 8192
 
 Both get the same weights and the same packed tokens, and compute the mean cross entropy of every next token and its
 gradient: ours through the chunked head, transformers with all logits and each of `--settings`. They are timed in turn,

@@ -1,6 +1,6 @@
 """Our math reward beside Math-Verify: accuracy, false positives, self-equality, perturbed golds, time; and fuzzing.
 
-Usage: `python bench/rewards.py --data shared/data`, `python bench/rewards.py --data shared/data --fuzz 200000`.
+Usage: `python -m bench.rewards --data shared/data`, `python -m bench.rewards --data shared/data --fuzz 200000`.
 The data folder is the one described in its README; nothing is downloaded.
 """
 

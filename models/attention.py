@@ -7,21 +7,15 @@ Shapes: T tokens, B sequences, M new tokens of a sequence, S positions, D hidden
 U unrotated part of a query or key head of X = U + R, W value head.
 """
 
-from contextlib import nullcontext
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.cache import LatentCache
+from models.causal_attention import causal_attention
 from models.config import DeepseekV3Config
 from models.fused import fused
 from models.packing import SequenceLayout
 from models.rope import rotate, rotate_last
-
-_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_LONGEST_FLASH = 2048
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -95,41 +89,6 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
-
-
-def causal_attention(q_THX: Tensor, k_THX: Tensor, v_THW: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
-    """Attention inside each packed sequence, -> [T, H, W]. The one place that chooses the kernel.
-
-    In rectangles by default: padding stands behind each sequence, where causality hides it from real tokens. On CUDA,
-    cuDNN's kernel comes first, twice as fast as flash attention on long sequences because it takes values narrower than
-    keys; but each new shape costs it an eighth of a second. Shorter sequences of mixed lengths therefore take flash
-    attention, which knows no shapes (docs/performance.md).
-    """
-    half_on_gpu = q_THX.is_cuda and q_THX.dtype in (torch.bfloat16, torch.float16)
-    if half_on_gpu and not layout.is_one_block and max(layout.lengths) <= _LONGEST_FLASH:
-        return _flash_attention(q_THX, k_THX, v_THW, layout, scale)
-    out_blocks = []
-    for q, k, v in zip(*map(layout.split_blocks, (q_THX, k_THX, v_THW)), strict=True):
-        with sdpa_kernel(_KERNELS, set_priority=True) if q.is_cuda else nullcontext():
-            out_BHSW = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=scale
-            )
-        out_blocks.append(out_BHSW.transpose(1, 2))
-    return layout.join_blocks(out_blocks)
-
-
-def _flash_attention(q_THX: Tensor, k_THX: Tensor, v_THW: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
-    """PyTorch's flash attention over packed sequences, for values padded to the width of keys."""
-    from torch.nn.attention.varlen import varlen_attn  # CUDA only
-
-    longest, width = max(layout.lengths), v_THW.shape[-1]
-    v_THX = F.pad(v_THW, (0, q_THX.shape[-1] - width))
-    offsets_B, causal = layout.offsets_B, (-1, 0)
-    out_THX = varlen_attn(
-        q_THX, k_THX, v_THX, offsets_B, offsets_B, longest, longest, scale=scale, window_size=causal
-    )  # fmt: skip
-    assert isinstance(out_THX, Tensor)
-    return out_THX[..., :width]
 
 
 @fused

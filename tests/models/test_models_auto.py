@@ -144,7 +144,7 @@ def test_what_cannot_be_expressed_is_refused(case: str) -> None:
 
 def test_a_model_whose_packed_sequences_meet_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under attention kernels that build no mask from positions."""
-    reference = reference_model(CONFIGS["llama"]())
+    reference = reference_model(CONFIGS["qwen2_window"]())
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(ValueError, match="sees the one packed before it"):
         TransformersCausalLM(reference)

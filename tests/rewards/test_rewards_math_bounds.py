@@ -1,7 +1,7 @@
 """No answer, however hostile, takes long, raises, grows without limit, or is run as code.
 
 1. Towers, factorials, sums, products, deep and long text: refused by structure, each far below the deadline.
-2. 5,000 random and mutated answers; `python bench/rewards.py --fuzz 200000` runs the same mutator for longer.
+2. 5,000 random and mutated answers; `python -m bench.rewards --fuzz 200000` runs the same mutator for longer.
 3. The modules of the math reward call nothing that evaluates text.
 """
 

@@ -1,6 +1,6 @@
 """Real data: every gold equals itself, perturbed golds do not, and the public pairs of shared/data.
 
-Skipped where that folder is absent; numbers beside Math-Verify come from `python bench/rewards.py`.
+Skipped where that folder is absent; numbers beside Math-Verify come from `python -m bench.rewards`.
 """
 
 import gzip
