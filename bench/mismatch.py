@@ -1,7 +1,7 @@
 """How far the engine's probabilities are from the learner's, without and with router replay, on the same completions.
 
-    python bench/mismatch.py --preset 16b-a3b --layers 6 --engine vllm --device cuda             # bfloat16
-    python bench/mismatch.py --preset tiny --engine native --device cpu
+    python -m bench.mismatch --preset 16b-a3b --layers 6 --engine vllm --device cuda             # bfloat16
+    python -m bench.mismatch --preset tiny --engine native --device cpu
 
 A model with random weights is made on the device and written to a temporary folder; the engine samples from it and
 records its experts; the learner's model then scores the same tokens twice, choosing its experts itself and taking the
