@@ -3,19 +3,22 @@
 Each token's loss weight is divided by the denominator of the whole global batch before packing, so the gradient does
 not depend on how samples fall into micro-batches.
 
-Shapes: T packed tokens, N trained tokens (those with a loss), L tokens of one sample.
+Shapes: T packed tokens, N trained tokens (those with a loss), L layers with experts, K experts per token; for a list,
+L is the tokens of one sample.
 
     micro_batches = pack(samples, token_budget=8192, aggregation="token")
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models import SequenceLayout
+from rollout.router_replay import is_recorded
 
 Aggregation = Literal["token", "sequence"]
 """How token losses become one number: mean over all trained tokens (DAPO, arXiv:2503.14476), or mean over each
@@ -36,11 +39,22 @@ class TrainingSample:
     """Of the whole completion, from its group."""
     temperature: float = 1.0
     """Logits are divided by it, in the engine and in the learner."""
+    expert_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """[L - 1, layers with experts, K] as recorded by the engine, see rollout/router_replay.py; None if not recorded."""
+    policy_lags: Sequence[int] | None = None
+    """[L] by how many versions the weights that sampled each token were older than those that the step begins with;
+    None for nought throughout."""
+    old_logprobs: Sequence[float] | None = None
+    """[L] as the learner saw them before its first step on the batch, filled in by `Learner.with_old_logprobs`."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.loss_mask), len(self.sampling_logprobs)}
         assert len(lengths) == 1, f"token_ids, loss_mask and sampling_logprobs differ in length: {sorted(lengths)}"
         assert not self.loss_mask[0], "the first token has nothing before it to be predicted from"
+        rows = len(self.token_ids) - 1 if self.expert_ids is None else len(self.expert_ids)
+        assert rows == len(self.token_ids) - 1, (
+            f"experts of {rows} tokens for {len(self.token_ids)}; the last never ran"
+        )
 
     @property
     def num_trained(self) -> int:
@@ -67,6 +81,14 @@ class MicroBatch:
     """[N] sampling temperature."""
     weights_N: Tensor
     """[N] loss weights; they sum to 1 over all micro-batches of a global batch."""
+    samples_N: Tensor
+    """[N] place of the sample that each token belongs to among those that were packed."""
+    lags_N: Tensor
+    """[N] policy lag of each token."""
+    old_logprobs_N: Tensor | None
+    """[N] the learner's own before its first step; None where no sample has them."""
+    expert_ids_TLK: Tensor | None
+    """[T, L, K] int16, recorded experts; -1 in rows without a recording; None where no sample has one."""
 
 
 def pack(samples: Sequence[TrainingSample], token_budget: int, aggregation: Aggregation) -> list[MicroBatch]:
@@ -75,24 +97,23 @@ def pack(samples: Sequence[TrainingSample], token_budget: int, aggregation: Aggr
     Samples are laid out longest first, so that a micro-batch holds samples of similar length. Raises ValueError if one
     sample alone exceeds the budget, or if nothing is to be trained.
     """
-    samples = [sample for sample in samples if sample.num_trained]
-    if not samples:
+    places = [place for place, sample in enumerate(samples) if sample.num_trained]
+    if not places:
         raise ValueError("no sample has a token to train")
-    longest = max(len(sample.token_ids) for sample in samples)
+    longest = max(len(samples[place].token_ids) for place in places)
     if longest > token_budget:
         raise ValueError(f"a sample of {longest} tokens exceeds token_budget={token_budget}; raise the budget")
-    weights = _token_weights(samples, aggregation)
-    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].token_ids))
+    weights = dict(zip(places, _token_weights([samples[place] for place in places], aggregation), strict=True))
     groups: list[list[int]] = [[]]
     used = 0
-    for i in order:
-        length = len(samples[i].token_ids)
+    for place in sorted(places, key=lambda place: -len(samples[place].token_ids)):
+        length = len(samples[place].token_ids)
         if used + length > token_budget:
             groups.append([])
             used = 0
-        groups[-1].append(i)
+        groups[-1].append(place)
         used += length
-    return [_build([samples[i] for i in group], [weights[i] for i in group]) for group in groups]
+    return [_build([samples[i] for i in group], [weights[i] for i in group], group) for group in groups]
 
 
 def _token_weights(samples: Sequence[TrainingSample], aggregation: Aggregation) -> list[float]:
@@ -103,19 +124,21 @@ def _token_weights(samples: Sequence[TrainingSample], aggregation: Aggregation) 
     return [1 / (len(samples) * sample.num_trained) for sample in samples]
 
 
-def _build(samples: Sequence[TrainingSample], weights: Sequence[float]) -> MicroBatch:
+def _build(samples: Sequence[TrainingSample], weights: Sequence[float], places: Sequence[int]) -> MicroBatch:
     ids: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
+    lags: list[int] = []
     for sample in samples:
         ids += sample.token_ids
         mask += sample.loss_mask
         logprobs += sample.sampling_logprobs
+        lags += [0] * len(sample.token_ids) if sample.policy_lags is None else sample.policy_lags
     trained_N = torch.tensor(mask).nonzero().squeeze(1)
     counts = torch.tensor([sample.num_trained for sample in samples])
 
-    def per_token(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)
+    def per_token(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(counts)
 
     ids_T = torch.tensor(ids)
     return MicroBatch(
@@ -127,4 +150,30 @@ def _build(samples: Sequence[TrainingSample], weights: Sequence[float]) -> Micro
         advantages_N=per_token([sample.advantage for sample in samples]),
         temperatures_N=per_token([sample.temperature for sample in samples]),
         weights_N=per_token(weights),
+        samples_N=per_token(places, torch.long),
+        lags_N=torch.tensor(lags)[trained_N],
+        old_logprobs_N=_old_logprobs(samples, trained_N),
+        expert_ids_TLK=_pack_experts(samples),
     )
+
+
+def _old_logprobs(samples: Sequence[TrainingSample], trained_N: Tensor) -> Tensor | None:
+    given = [sample.old_logprobs for sample in samples if sample.old_logprobs is not None]
+    assert len(given) in (0, len(samples)), "either all samples of a batch have old_logprobs or none"
+    return torch.tensor([logprob for logprobs in given for logprob in logprobs])[trained_N] if given else None
+
+
+def _pack_experts(samples: Sequence[TrainingSample]) -> Tensor | None:
+    """Recorded experts of all samples, [T, L, K] with -1 for what was not recorded; None if nothing was."""
+    shapes = {sample.expert_ids.shape[1:] for sample in samples if sample.expert_ids is not None}
+    if not shapes:
+        return None
+    assert len(shapes) == 1, f"samples with experts of different models: [layers, K] are {sorted(shapes)}"
+    packed_TLK = np.full((sum(len(sample.token_ids) for sample in samples), *shapes.pop()), -1, np.int16)
+    start = 0
+    for sample in samples:
+        if sample.expert_ids is not None:
+            ids = np.where(is_recorded(sample.expert_ids)[..., None], sample.expert_ids.astype(np.int16), -1)
+            packed_TLK[start : start + len(ids)] = ids
+        start += len(sample.token_ids)
+    return torch.from_numpy(packed_TLK)

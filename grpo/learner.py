@@ -6,18 +6,19 @@ report = learner.update(samples)
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo.batch import Aggregation, MicroBatch, TrainingSample, pack
+from grpo.corrections import CorrectionConfig
 from grpo.logprobs import token_logprobs
 from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
 from grpo.mismatch import MismatchMeter
 from grpo.schedule import Decay, learning_rate
-from models import CausalLM, SequenceLayout, hf_tensors
+from models import CausalLM, ModelOutput, SequenceLayout, hf_tensors
 from models.balance import load_metrics
 from models.moe import Routing
 
@@ -52,6 +53,10 @@ class LearnerConfig:
     """Average over all tokens of the batch, or over each sample's tokens first."""
     token_budget: int = 8192
     """Tokens in one micro-batch; bounds memory, does not change the gradient."""
+    replay_experts: bool = True
+    """Use the experts that the sampler recorded (arXiv:2510.11370); rows without a recording choose for themselves."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """Importance weights and masks for samples of another policy than the learner's."""
 
     def __post_init__(self) -> None:
         if not self.lr >= 0:
@@ -114,12 +119,9 @@ class Learner:
 
     def _backward(self, batch: MicroBatch, meters: "_Meters") -> None:
         config = self.config
-        output = self.model(batch.ids_T, batch.layout)
+        output = self._forward(batch)
         logprobs_N, entropies_N = self._logprobs(self.model, output.hidden_TD, batch)
-        loss_N, cut_N = clipped_policy_loss(
-            logprobs_N, batch.sampling_logprobs_N, batch.advantages_N, config.clip_low, config.clip_high
-        )
-        terms_N = loss_N
+        terms_N = loss_N = self._policy_loss(logprobs_N, batch, meters)
         if self.reference is not None:
             with torch.no_grad():
                 hidden_TD = self.reference(batch.ids_T, batch.layout).hidden_TD
@@ -130,9 +132,45 @@ class Learner:
         (terms_N * batch.weights_N).sum().backward()
         meters.add("policy/loss", terms_N, batch.weights_N)
         meters.add("policy/entropy", entropies_N, batch.weights_N)
-        meters.add("policy/clipped", cut_N.float(), batch.weights_N)
-        meters.mismatch.add(logprobs_N.detach(), batch.sampling_logprobs_N)
+        meters.mismatch.add(logprobs_N.detach(), batch.sampling_logprobs_N, batch.lags_N)
+        meters.mismatch.add_experts(output.routing, batch.expert_ids_TLK, len(batch.layout.lengths))
         meters.add_experts(output.routing)
+
+    def _forward(self, batch: MicroBatch) -> ModelOutput:
+        replay = {}
+        if self.config.replay_experts and batch.expert_ids_TLK is not None:
+            replay = dict(zip(self.model.routers(), batch.expert_ids_TLK.unbind(1), strict=True))
+        return self.model(batch.ids_T, batch.layout, replay=replay)
+
+    def _policy_loss(self, logprobs_N: Tensor, batch: MicroBatch, meters: "_Meters") -> Tensor:
+        """[N] clipped against the sampler or the learner's own old log-probabilities, times the correction's weight."""
+        config, sampler_N = self.config, batch.sampling_logprobs_N
+        current_N = logprobs_N.detach()
+        learner_N = current_N if batch.old_logprobs_N is None else batch.old_logprobs_N
+        old_N = sampler_N if config.correction.old_logprobs == "sampler" else learner_N
+        loss_N, cut_N = clipped_policy_loss(logprobs_N, old_N, batch.advantages_N, config.clip_low, config.clip_high)
+        meters.add("policy/clipped", cut_N.float(), batch.weights_N)
+        if config.correction.is_on:
+            factors_N = config.correction.weights(current_N, learner_N, sampler_N, batch.advantages_N, batch.samples_N)
+            loss_N = loss_N * factors_N
+            meters.add("correction/weight", factors_N, batch.weights_N)
+            meters.add("correction/dropped", (factors_N == 0).float(), batch.weights_N)
+        return loss_N
+
+    @torch.no_grad()
+    def with_old_logprobs(self, samples: list[TrainingSample]) -> list[TrainingSample]:
+        """The samples with the learner's present log-probabilities, where the loss or a weight needs them: to be called
+        before the first of several updates on them. For a single one the update's own forward pass is the same.
+        """
+        if self.config.correction.kind == "none" and self.config.correction.old_logprobs == "sampler":
+            return samples
+        old = [torch.zeros(len(sample.token_ids)) for sample in samples]
+        for batch in pack(samples, self.config.token_budget, self.config.aggregation):
+            logprobs_N, _ = self._logprobs(self.model, self._forward(batch).hidden_TD, batch)
+            for place in batch.samples_N.unique().tolist():
+                trained_L = torch.tensor(samples[place].loss_mask)
+                old[place][trained_L] = logprobs_N[batch.samples_N == place].to(old[place].device)
+        return [replace(s, old_logprobs=old_L.tolist()) for s, old_L in zip(samples, old, strict=True)]
 
     def _logprobs(self, model: CausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         predictors_ND = hidden_TD.index_select(0, batch.predictors_N)

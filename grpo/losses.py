@@ -15,8 +15,9 @@ def clipped_policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprob - old logprob), arXiv:2402.03300 eq. 3.
 
-    `old_logprobs` are those the sampler recorded. clip_low = clip_high is PPO's clip; clip_high > clip_low is DAPO's
-    clip-higher (arXiv:2503.14476 eq. 8). Returns the loss [N] and a bool [N] that marks tokens whose gradient is cut.
+    `old_logprobs` are the sampler's or the learner's own (corrections.py). clip_low = clip_high is PPO's clip;
+    clip_high > clip_low is DAPO's clip-higher (arXiv:2503.14476 eq. 8). Returns the loss [N] and a bool [N] that marks
+    tokens whose gradient is cut.
     """
     ratio_N = (logprobs_N - old_logprobs_N).exp()
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)

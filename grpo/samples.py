@@ -1,6 +1,6 @@
 """From completion groups and their scores to training samples, and what was dropped on the way.
 
-samples, counts = build_samples(groups, scores, temperature=1.0, scale="std")
+samples, counts = build_samples(groups, scores, temperature=1.0, scale="std", version=3)
 """
 
 from collections.abc import Callable, Sequence
@@ -46,11 +46,13 @@ def build_samples(
     *,
     temperature: float,
     scale: AdvantageScale,
+    version: int,
 ) -> tuple[list[TrainingSample], dict[str, float]]:
     """Advantages per group, then one sample per completion that has one.
 
     Completions that failed, were not scored, or are the only scored one of their group are left out; the counts say how
     many, as shares of all completions, and how many groups have rewards without spread and therefore teach nothing.
+    `version` is that of the weights that the step begins with.
     """
     samples: list[TrainingSample] = []
     failed = unscored = flat_groups = 0
@@ -65,6 +67,7 @@ def build_samples(
         for completion, advantage in zip(group.completions, advantages, strict=True):
             if advantage is None:
                 continue
+            lag = version - completion.policy_version
             samples.append(
                 TrainingSample(
                     token_ids=[*prompt_ids, *completion.token_ids],
@@ -72,6 +75,8 @@ def build_samples(
                     sampling_logprobs=[0.0] * len(prompt_ids) + completion.logprobs,
                     advantage=advantage,
                     temperature=temperature,
+                    expert_ids=completion.expert_ids,
+                    policy_lags=[0] * len(prompt_ids) + [lag] * len(completion.token_ids),
                 )
             )
     total = sum(len(group.completions) for group in groups)

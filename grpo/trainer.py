@@ -3,6 +3,7 @@
 GRPOTrainer(config, learner, pool, prompts, rubric, decode, stop_token_id, run_dir).run()
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +16,15 @@ from grpo.batch import TrainingSample
 from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.learner import Learner
 from grpo.metrics import MetricsLogger, append_rows, drop_steps
+from grpo.mismatch import MismatchAlarm
 from grpo.samples import Decode, build_samples, score_groups
 from rewards import Rubric, Score, failure_shares, reward_seconds
 from rollout.pool import EnginePool
 from rollout.prompts import PromptSource
 from rollout.sample import CompletionGroup, FinishReason, SamplingParams
 from rollout.weight_sync import probe_sequences, push_weights
+
+_LOG = logging.getLogger(__name__)
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -49,6 +53,8 @@ class TrainerConfig:
     """Steps between dumps of a batch's completions with their scores to `groups.jsonl`; 0 for none."""
     probe_limit: float = 1e-3
     """Largest difference of log-probabilities allowed between learner and engine after a sync."""
+    mismatch_alarm_kl: float = 1e-4
+    """KL(sampler || learner) per sampled token above which the run says so; 1e-2 for engines in bfloat16."""
     seed: int = 0
     """Fixes the order of prompts and every sampled token."""
 
@@ -68,6 +74,8 @@ class TrainerConfig:
             raise ValueError(
                 f"need log_groups_every >= 0 and probe_limit > 0, got {self.log_groups_every} and {self.probe_limit}"
             )
+        if not self.mismatch_alarm_kl > 0:
+            raise ValueError(f"mismatch_alarm_kl must be > 0, got {self.mismatch_alarm_kl}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0 to learn from samples, got {self.temperature}")
 
@@ -98,6 +106,7 @@ class GRPOTrainer:
         stop_token_id: int,
         run_dir: Path,
         on_step: OnStep = lambda step, metrics: None,
+        on_alarm: Callable[[str], None] = _LOG.warning,
     ) -> None:
         """Continues from the newest checkpoint in `run_dir` if there is one."""
         self.config, self.learner, self.pool, self.prompts = config, learner, pool, prompts
@@ -107,6 +116,7 @@ class GRPOTrainer:
         self.logger = MetricsLogger(run_dir, resume_from=self.first_step)
         drop_steps(run_dir / "groups.jsonl", self.first_step)
         self.probe = probe_sequences(prompts.prompts, learner.model.config.vocab_size)
+        self.alarm = MismatchAlarm(config.mismatch_alarm_kl, on_alarm)
         self._seconds: dict[str, float] = {}
 
     def run(self) -> None:
@@ -122,7 +132,7 @@ class GRPOTrainer:
         groups = self.rollout(step)
         scores = self.score(groups, step)
         samples, counts = build_samples(
-            groups, scores, temperature=self.config.temperature, scale=self.config.advantage_scale
+            groups, scores, temperature=self.config.temperature, scale=self.config.advantage_scale, version=step
         )
         report = self.update(samples, step)
         drift = self.sync(version=step + 1)
@@ -155,11 +165,13 @@ class GRPOTrainer:
             if not samples:
                 return {}
             if self.config.minibatches > 1:
+                samples = self.learner.with_old_logprobs(samples)
                 random.Random(f"{self.config.seed} {step}").shuffle(samples)
             size = -(-len(samples) // self.config.minibatches)
             reports = [self.learner.update(samples[i : i + size]) for i in range(0, len(samples), size)]
             mean = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
-            return mean | {name: value for name, value in reports[0].items() if name.startswith("mismatch/")}
+            mismatch = {name: value for name, value in reports[0].items() if name.startswith("mismatch/")}
+            return mean | mismatch | self.alarm.check(mismatch)
 
     def sync(self, version: int) -> float:
         with _Clock(self._seconds, "sync"):

@@ -21,7 +21,7 @@ from models.checkpoint import load_pretrained
 from models.config import DeepseekV3Config, RopeParameters
 from models.packing import SequenceLayout
 from models.presets import PRESETS, find_config
-from models.transformer import DeepseekV3ForCausalLM, ModelOutput
+from models.transformer import DeepseekV3ForCausalLM, ModelOutput, Replay
 
 __all__ = [
     "PRESETS",
@@ -30,6 +30,7 @@ __all__ = [
     "DeepseekV3ForCausalLM",
     "LatentCache",
     "ModelOutput",
+    "Replay",
     "RopeParameters",
     "SequenceLayout",
     "TransformersCausalLM",

@@ -12,7 +12,7 @@ Shapes: T packed tokens, B sequences, S positions, D hidden, V vocabulary.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -23,7 +23,7 @@ from models import checkpoint
 from models.causal_attention import DENSE_NAME, dense_attention
 from models.config import MODEL_TYPES
 from models.packing import SequenceLayout
-from models.transformer import DeepseekV3ForCausalLM, ModelOutput
+from models.transformer import DeepseekV3ForCausalLM, ModelOutput, Replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,8 +45,12 @@ class CausalLM(Protocol):
         """Its weight [V, D], tied or not, turns hidden states into logits; no bias."""
         ...
 
-    def __call__(self, ids_T: Tensor, layout: SequenceLayout) -> ModelOutput:
+    def __call__(self, ids_T: Tensor, layout: SequenceLayout, *, replay: Replay | None = None) -> ModelOutput:
         """Packed token ids -> hidden states after the final norm, and the routing, empty without experts."""
+        ...
+
+    def routers(self) -> Mapping[int, nn.Module]:
+        """Layer -> router, for the layers that have experts, in order."""
         ...
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
@@ -81,8 +85,9 @@ class TransformersCausalLM(nn.Module):
         self._reference = (reference.eval(),)
         self._refuse_by_trial()
 
-    def forward(self, ids_T: Tensor, layout: SequenceLayout) -> ModelOutput:
+    def forward(self, ids_T: Tensor, layout: SequenceLayout, *, replay: Replay | None = None) -> ModelOutput:
         """Packed token ids [T] -> final hidden states; nothing is routed."""
+        assert not replay, f"a dense model has no experts to replay, got those of layers {sorted(replay or ())}"
         base = getattr(self, self._base_name)
         extra = {"layout": layout} if self.config._attn_implementation == DENSE_NAME else {}
         output = base(input_ids=ids_T[None], position_ids=layout.positions_T[None], use_cache=False, **extra)
@@ -93,6 +98,9 @@ class TransformersCausalLM(nn.Module):
         num_sequences, length = tokens_BS.shape
         layout = SequenceLayout.from_lengths([length] * num_sequences, device=tokens_BS.device)
         return self.lm_head(self(tokens_BS.flatten(), layout).hidden_TD).unflatten(0, (num_sequences, length))
+
+    def routers(self) -> Mapping[int, nn.Module]:
+        return {}
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, detached, under its name in transformers; a tied head is not named again.

@@ -20,7 +20,9 @@ class Routing:
     """What one layer's router decided."""
 
     ids_TK: Tensor
-    """[T, K] chosen experts."""
+    """[T, K] experts that were used."""
+    chosen_TK: Tensor
+    """[T, K] what the router itself chose: the same, except where recorded experts were replayed."""
     scores_TE: Tensor
     """[T, E] affinities of all experts, float32, with gradient."""
 
@@ -52,20 +54,24 @@ class Router(nn.Module):
             bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", bias_E)
 
-    def forward(self, x_TD: Tensor, replay_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, D] -> expert ids [T, K], their mixing weights [T, K] and all scores [T, E], float32.
+    def forward(self, x_TD: Tensor, replay_TK: Tensor | None = None) -> tuple[Routing, Tensor]:
+        """[T, D] -> which experts, and their mixing weights [T, K], float32.
 
-        With `replay_TK`, experts recorded elsewhere are taken instead of chosen; their weights still come from the
-        current scores, so gradients reach the gate (rollout routing replay, arXiv:2510.11370).
+        With `replay_TK`, experts recorded elsewhere are taken instead of chosen, except in rows that begin with -1;
+        their weights still come from the current scores, so gradients reach the gate (rollout routing replay,
+        arXiv:2510.11370).
         """
         config = self.config
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         scores_TE = logits_TE.sigmoid() if config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
-        ids_TK = self._select(scores_TE.detach()) if replay_TK is None else replay_TK.long()
+        ids_TK = chosen_TK = self._select(scores_TE.detach())
+        if replay_TK is not None:
+            ids_TK = torch.where(replay_TK[:, :1] < 0, chosen_TK, replay_TK.long())
         weights_TK = scores_TE.gather(1, ids_TK)
         if config.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return ids_TK, weights_TK * config.routed_scaling_factor, scores_TE
+        routing = Routing(ids_TK=ids_TK, chosen_TK=chosen_TK, scores_TE=scores_TE)
+        return routing, weights_TK * config.routed_scaling_factor
 
     def _select(self, choice_TE: Tensor) -> Tensor:
         """Group-limited top-k. A group's score is the sum of its two best experts (V3) or its best (V2)."""
@@ -142,8 +148,8 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, replay_TK: Tensor | None = None) -> tuple[Tensor, Routing]:
         """[T, D] -> output [T, D] and how it was routed; `replay_TK` as in `Router.forward`."""
-        ids_TK, weights_TK, scores_TE = self.gate(x_TD, replay_TK)
-        out_TD = self.experts(x_TD, ids_TK, weights_TK)
+        routing, weights_TK = self.gate(x_TD, replay_TK)
+        out_TD = self.experts(x_TD, routing.ids_TK, weights_TK)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
-        return out_TD, Routing(ids_TK=ids_TK, scores_TE=scores_TE)
+        return out_TD, routing

@@ -23,7 +23,8 @@ from models.packing import SequenceLayout
 from models.rope import RotaryTable
 
 Replay = Mapping[int, Tensor]
-"""Layer -> [T, K] recorded experts, to be taken instead of chosen; layers not named choose for themselves."""
+"""Layer -> [T, K] recorded experts, to be taken instead of chosen; rows of -1 and layers not named choose for
+themselves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@
     grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
     grpo model info DIR|PRESET
+    grpo doctor --lr0 RECIPE|FILE.yaml [--model DIR]
     grpo convert SRC --out DST --to bf16|fp8|fp32
 
 `--engine native` is short for `--engine.kind native`, `--steps` for `--trainer.steps`.
@@ -49,6 +50,7 @@ class Command:
 def _commands() -> dict[str, Command]:
     """Imported late, so that `grpo --help` does not wait for torch."""
     from pipelines.convert import ConvertConfig, run_convert
+    from pipelines.doctor import DoctorConfig, run_doctor
     from pipelines.evaluate import EvalConfig, run_eval
     from pipelines.model_info import ModelInfoConfig, run_model_info
     from pipelines.pretrain import PretrainConfig, run_pretrain
@@ -70,6 +72,7 @@ def _commands() -> dict[str, Command]:
         "reward": _reward_command(),
         # What to do with the model stands where other commands name their recipe.
         "model": Command(config=ModelInfoConfig, recipes={"info": ModelInfoConfig}, run=run_model_info),
+        "doctor": Command(config=DoctorConfig, recipes={"default": DoctorConfig}, run=run_doctor),
         "convert": Command(
             config=ConvertConfig, recipes={"default": lambda: ConvertConfig(source="", out="")}, run=run_convert
         ),

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from grpo.learner import Learner, LearnerConfig
 from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import load_pretrained
-from models.checkpoint import replace_folder, tensor_shapes, write_checkpoint
+from models.auto import write_checkpoint
+from models.checkpoint import replace_folder, tensor_shapes
 from pipelines.config import flat_fields, read_config, write_config
 from pipelines.console import console, progress_bar
 from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
@@ -139,12 +140,17 @@ def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
     return train(prepare(config), pool)
 
 
+def build_learner(config: ZeroConfig) -> Learner:
+    """The base checkpoint in training."""
+    total_steps = config.trainer.steps * config.trainer.minibatches
+    return Learner(load_pretrained(config.model), config.learner, total_steps)
+
+
 def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
     config = run.config
     torch.set_num_threads(config.num_threads)
     console.print(f"engine {config.engine.kind}; {config.trainer.arithmetic()}", soft_wrap=True)
-    model = load_pretrained(config.model)
-    learner = Learner(model, config.learner, total_steps=config.trainer.steps * config.trainer.minibatches)
+    learner = build_learner(config)
     with console.status("starting the engines"):
         engines = pool or build_pool(config.engine, config.model)
     try:
@@ -153,6 +159,7 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
                 config.trainer, learner, engines, run.prompts, run.rubric,
                 decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
                 on_step=lambda step, metrics: bar.advance(console_line(metrics)),
+                on_alarm=lambda message: console.print(message, style="bold red", soft_wrap=True),
             )  # fmt: skip
             if trainer.first_step:
                 bar.advance("resumed", steps=trainer.first_step)
@@ -161,7 +168,7 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
         if pool is None:
             engines.close()
     with replace_folder(run.out / "model") as fresh:
-        write_checkpoint(model, fresh)
+        write_checkpoint(learner.model, fresh)
         run.tokenizer.save_pretrained(str(fresh))
     return run.out / "model"
 

@@ -1,6 +1,7 @@
 """Completions while they are sampled, how a token is drawn, and the plain decoder: one pass of the model per token.
 
-Shapes: B sequences being decoded, T packed prompt tokens, D hidden, V vocabulary, X any leading dimensions.
+Shapes: B sequences being decoded, T packed prompt tokens, D hidden, V vocabulary, L layers with experts, K experts per
+token, X any leading dimensions.
 """
 
 import random
@@ -8,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import DeepseekV3ForCausalLM, LatentCache, SequenceLayout
+from rollout.router_replay import pack_ids
 from rollout.sample import FinishReason, Prompt, SamplingParams
 
 
@@ -28,6 +31,8 @@ class Running:
     draws: random.Random
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    experts: list[np.ndarray] = field(default_factory=list)
+    """[tokens, L, K] pieces: the prompt's experts, and those of each token sampled so far but the newest."""
     finish_reason: FinishReason | None = None
 
     def append(self, token: int, logprob: float, stop_token_id: int) -> None:
@@ -39,9 +44,16 @@ class Running:
         elif len(self.token_ids) == self.budget:
             self.finish_reason = FinishReason.LENGTH
 
+    def expert_ids(self) -> np.ndarray | None:
+        """As `Completion.expert_ids`."""
+        return np.concatenate(self.experts) if self.experts else None
+
 
 class Decoder(Protocol):
     """Continues a batch; rows are in the order of the samples it is given."""
+
+    prompt_experts: list[list[np.ndarray]]
+    """What each prompt adds to `Running.experts`: one piece, or none in a model without experts."""
 
     def step(self, active: Sequence[Running]) -> None:
         """Grows every sample by at least one token, none of them finished."""
@@ -82,15 +94,29 @@ def uniforms(active: Sequence[Running], count: int, temperature: float) -> Tenso
     return torch.tensor([[sample.draws.random() for _ in range(count)] for sample in active], dtype=torch.float64)
 
 
-def prefill(
-    model: DeepseekV3ForCausalLM, prompts: Sequence[Prompt], room: int
-) -> tuple[Tensor, Tensor, SequenceLayout, LatentCache]:
-    """Runs each prompt once: its ids [T], hidden states [T, D], layout, and a cache of `room` tokens per prompt."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefill:
+    """What running each prompt once gives."""
+
+    ids_T: Tensor
+    hidden_TD: Tensor
+    layout: SequenceLayout
+    cache: LatentCache
+    experts: list[list[np.ndarray]]
+    """As `Decoder.prompt_experts`."""
+
+
+def prefill(model: DeepseekV3ForCausalLM, prompts: Sequence[Prompt], room: int) -> Prefill:
+    """Runs each prompt once, into a cache of `room` tokens per prompt."""
     layout = SequenceLayout.from_lengths([len(prompt.token_ids) for prompt in prompts])
     head = model.lm_head.weight
     cache = LatentCache(model.config, len(prompts), room, dtype=head.dtype, device=head.device)
     ids_T = torch.tensor([token for prompt in prompts for token in prompt.token_ids])
-    return ids_T, model(ids_T, layout, cache).hidden_TD, layout, cache
+    output = model(ids_T, layout, cache)
+    ids_TLK = pack_ids(output.expert_ids, model.config.n_routed_experts)
+    pieces = [] if ids_TLK is None else np.split(ids_TLK, layout.offsets[1:-1])
+    experts = [[piece] for piece in pieces] or [[] for _ in prompts]
+    return Prefill(ids_T=ids_T, hidden_TD=output.hidden_TD, layout=layout, cache=cache, experts=experts)
 
 
 class PlainDecoder:
@@ -101,14 +127,20 @@ class PlainDecoder:
     ) -> None:
         self.model = model
         self.params = params
-        _, hidden_TD, layout, self.cache = prefill(model, prompts, room)
-        self.hidden_BD = hidden_TD[torch.tensor(layout.offsets[1:]) - 1]
+        start = prefill(model, prompts, room)
+        self.cache, self.prompt_experts = start.cache, start.experts
+        self.hidden_BD = start.hidden_TD[torch.tensor(start.layout.offsets[1:]) - 1]
         self.is_ahead = True  # whether hidden_BD has already seen each sample's last token
 
     def step(self, active: Sequence[Running]) -> None:
         if not self.is_ahead:
             last_B = torch.tensor([sample.token_ids[-1] for sample in active])
-            self.hidden_BD = self.model.decode(last_B, self.cache).hidden_TD
+            output = self.model.decode(last_B, self.cache)
+            self.hidden_BD = output.hidden_TD
+            ids_BLK = pack_ids(output.expert_ids, self.model.config.n_routed_experts)
+            if ids_BLK is not None:
+                for row, sample in enumerate(active):
+                    sample.experts.append(ids_BLK[row : row + 1])
         temperature = self.params.temperature
         logprobs_BV = log_distribution(self.model.lm_head, self.hidden_BD, temperature)
         draws_B = uniforms(active, 1, temperature).squeeze(1)

@@ -39,6 +39,9 @@ class EngineConfig:
     num_speculative_tokens: int = 0
     """Tokens drafted by the model's prediction modules between two passes of the model; the distribution stays the
     same. Engine `native` only, up to the model's `num_nextn_predict_layers`."""
+    record_experts: bool = True
+    """Record which experts each token used, for the learner to replay; costs 1 or 2 bytes per token, layer and expert.
+    """
     num_threads: int = 1
     """CPU threads of each Ray actor."""
     kv_cache_gib: int = 1

@@ -54,6 +54,8 @@ class NativeEngine:
                    for i, prompt in enumerate(prompts) for index in range(params.num_completions)]  # fmt: skip
         decoder = self._prefill(prompts, params)
         decoder.select(torch.tensor([sample.prompt for sample in samples]))
+        for sample in samples:
+            sample.experts += decoder.prompt_experts[sample.prompt]
         active = samples
         while active:
             decoder.step(active)
@@ -87,6 +89,7 @@ class NativeEngine:
                     finish_reason=sample.finish_reason,
                     policy_version=self.version,
                     seed=sample.seed,
+                    expert_ids=sample.expert_ids() if self.config.record_experts else None,
                 )
             )
         return [CompletionGroup(prompt=p, completions=c) for p, c in zip(prompts, completions, strict=True)]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
@@ -80,6 +82,9 @@ class Completion:
     """Version of the weights that sampled it; 0 is the checkpoint the engine started from."""
     seed: int
     """Seed of its random draws."""
+    expert_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """[prompt + L - 1, layers with experts, K] experts that each token but the last used, see router_replay.py; None
+    if they were not recorded or there are none."""
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.logprobs), (

@@ -9,17 +9,19 @@ whatever the drafts are worth: they only decide how many passes it takes. At tem
 and the rule is to accept what the main model would have chosen.
 
 Shapes: B sequences being decoded, N drafted tokens, M tokens of each sequence that pass a layer at once, S positions,
-T packed prompt tokens, D hidden, V vocabulary.
+T packed tokens, D hidden, V vocabulary, L layers with experts, K experts per token.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models import DeepseekV3ForCausalLM, LatentCache, SequenceLayout
 from rollout.decoding import Running, choose, log_distribution, prefill, probabilities, uniforms
+from rollout.router_replay import pack_ids
 from rollout.sample import Prompt, SamplingParams
 
 
@@ -82,7 +84,9 @@ class SpeculativeDecoder:
         self.count = count
         self.is_first = True
         capacity = room + num_drafts + 1  # drafts may reach beyond the last token that is kept
-        ids_T, hidden_TD, layout, self.cache = prefill(model, prompts, capacity)
+        start = prefill(model, prompts, capacity)
+        self.cache, self.prompt_experts = start.cache, start.experts
+        ids_T, hidden_TD, layout = start.ids_T, start.hidden_TD, start.layout
         self.ids_BS = ids_T.new_zeros(len(prompts), capacity + num_drafts)
         self.ids_BS[:, : max(layout.lengths)] = layout.pad(ids_T)
         self.hidden_BSD = hidden_TD.new_zeros(len(prompts), capacity, hidden_TD.shape[1])
@@ -126,7 +130,7 @@ class SpeculativeDecoder:
         logprobs_BV = log_distribution(self.model.lm_head, self.hidden_BSD[rows_B, lengths_B - 1], temperature)
         ids_B = choose(probabilities(logprobs_BV, temperature), uniforms(active, 1, temperature)[:, 0])
         self.ids_BS[rows_B, lengths_B] = ids_B
-        self._record(active, logprobs_BV[:, None], ids_B[:, None], torch.zeros_like(ids_B))
+        self._record(active, logprobs_BV[:, None], ids_B[:, None], torch.zeros_like(ids_B), None)
 
     def _step_with_drafts(self, active: Sequence[Running]) -> None:
         """Drafts behind token n, verifies them and itself in one pass, and keeps what was accepted and one more."""
@@ -136,7 +140,8 @@ class SpeculativeDecoder:
         rows_B1, lengths_B = torch.arange(len(active))[:, None], self.cache.lengths_B
         positions_BM = self.cache.next_positions(num_drafts + 1)
         given_BM = self.ids_BS[rows_B1, positions_BM]  # token n and the drafts
-        hidden_BMD = self.model.decode(given_BM, self.cache).hidden_TD.unflatten(0, positions_BM.shape)
+        output = self.model.decode(given_BM, self.cache)
+        hidden_BMD = output.hidden_TD.unflatten(0, positions_BM.shape)
         self.hidden_BSD[rows_B1, positions_BM] = hidden_BMD
         logprobs_BMV = log_distribution(self.model.lm_head, hidden_BMD, temperature)
         p_BMV = probabilities(logprobs_BMV, temperature)
@@ -145,7 +150,8 @@ class SpeculativeDecoder:
         self.cache.truncate(lengths_B + accepted_B + 1)
         self.count.num_drafted += given_BM[:, 1:].numel()
         self.count.num_accepted += int(accepted_B.sum())
-        self._record(active, logprobs_BMV, self.ids_BS[rows_B1, positions_BM + 1], accepted_B)
+        experts_TLK = pack_ids(output.expert_ids, self.model.config.n_routed_experts)
+        self._record(active, logprobs_BMV, self.ids_BS[rows_B1, positions_BM + 1], accepted_B, experts_TLK)
 
     def _draft(self, draws_BN: Tensor) -> Tensor:
         """Writes N drafted tokens behind token n into `ids_BS`; the distributions they came from, [B, N, V]."""
@@ -168,13 +174,24 @@ class SpeculativeDecoder:
         self.draft_cache.truncate((lengths_B - len(self.modules) + 1).clamp(min=0))
         return torch.stack(distributions, dim=1)
 
-    def _record(self, active: Sequence[Running], logprobs_BMV: Tensor, ids_BM: Tensor, accepted_B: Tensor) -> None:
-        """Gives each sample its accepted tokens and the one behind them, up to a stop token or its budget."""
+    def _record(
+        self,
+        active: Sequence[Running],
+        logprobs_BMV: Tensor,
+        ids_BM: Tensor,
+        accepted_B: Tensor,
+        experts_TLK: np.ndarray | None,
+    ) -> None:
+        """Gives each sample its accepted tokens and the one behind them, up to a stop token or its budget.
+
+        `experts_TLK` belong to the tokens given to the model, B times M: each is the one before a new token.
+        """
         logprobs_BM = logprobs_BMV.gather(2, ids_BM[..., None]).squeeze(2).tolist()
-        for sample, ids, logprobs, accepted in zip(
-            active, ids_BM.tolist(), logprobs_BM, accepted_B.tolist(), strict=True
-        ):
-            for token, logprob in zip(ids[: accepted + 1], logprobs, strict=False):
-                sample.append(token, logprob, self.params.stop_token_id)
+        for row, (sample, ids) in enumerate(zip(active, ids_BM.tolist(), strict=True)):
+            for j in range(int(accepted_B[row]) + 1):
+                sample.append(ids[j], logprobs_BM[row][j], self.params.stop_token_id)
+                if experts_TLK is not None:
+                    given = row * len(ids) + j
+                    sample.experts.append(experts_TLK[given : given + 1])
                 if sample.finish_reason is not None:
                     break

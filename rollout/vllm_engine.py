@@ -17,6 +17,7 @@ from models import DeepseekV3Config
 from models.checkpoint import tensor_shapes
 from rollout.engine import EngineConfig, WeightStream, check_prompt_lengths
 from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
+from rollout.vllm_routing import ExpertRecorder, recording_options
 from rollout.vllm_weight_transfer import BACKEND, register_backend
 
 
@@ -38,6 +39,10 @@ class VLLMEngine:
         self.version = 0
         self._expected = tensor_shapes(model)
         self._vllm = vllm
+        architecture = DeepseekV3Config.load(model)
+        options: dict[str, Any] = {"enable_prefix_caching": False}
+        if config.record_experts:
+            options |= recording_options(architecture, vllm.__version__)
         self._llm = vllm.LLM(
             model=model,
             dtype=config.dtype,
@@ -49,14 +54,15 @@ class VLLMEngine:
             # A prompt run in pieces would rewind the request's random generator, which CPU generators cannot do.
             enable_chunked_prefill=torch.cuda.is_available(),
             max_num_batched_tokens=max(8192, config.max_model_len),
-            enable_prefix_caching=False,
             distributed_executor_backend="uni",
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             disable_log_stats=True,
             hf_overrides=_config_overrides(model),
             attention_backend=_attention_backend(config, model),
             seed=0,
+            **options,
         )
+        self._recorder = ExpertRecorder(self._llm, architecture) if config.record_experts else None
         self._llm.init_weight_transfer_engine({"init_info": {}})
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
@@ -78,9 +84,7 @@ class VLLMEngine:
                     )
                 )
         outputs = self._llm.generate(requests, sampling, use_tqdm=False)
-        completions = [
-            self._completion(output.outputs[0], seed=own.seed) for output, own in zip(outputs, sampling, strict=True)
-        ]
+        completions = [self._completion(output, seed=own.seed) for output, own in zip(outputs, sampling, strict=True)]
         size = params.num_completions
         return [
             CompletionGroup(prompt=prompt, completions=completions[i * size : (i + 1) * size])
@@ -88,19 +92,24 @@ class VLLMEngine:
         ]
 
     def _completion(self, output: Any, seed: int) -> Completion:
-        token_ids = list(output.token_ids)
-        logprobs = [step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)]
+        sampled = output.outputs[0]
+        token_ids = list(sampled.token_ids)
+        logprobs = [step[token].logprob for token, step in zip(token_ids, sampled.logprobs, strict=True)]
         finish = (
-            FinishReason(output.finish_reason) if output.finish_reason in ("stop", "length") else FinishReason.ERROR
+            FinishReason(sampled.finish_reason) if sampled.finish_reason in ("stop", "length") else FinishReason.ERROR
         )
         return Completion(
-            token_ids=token_ids, logprobs=logprobs, finish_reason=finish, policy_version=self.version, seed=seed
-        )
+            token_ids=token_ids, logprobs=logprobs, finish_reason=finish, policy_version=self.version, seed=seed,
+            expert_ids=self._recorder.take(output) if self._recorder else None,
+        )  # fmt: skip
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         params = self._vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         requests: list[Any] = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
         outputs: list[Any] = self._llm.generate(requests, params, use_tqdm=False)
+        if self._recorder:
+            for output in outputs:
+                self._recorder.forget(output.request_id)  # nobody replays these
         return [
             [step[token].logprob for token, step in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)]
             for sequence, output in zip(sequences, outputs, strict=True)

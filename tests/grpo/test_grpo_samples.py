@@ -8,7 +8,9 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from grpo.samples import build_samples, reward_samples, score_groups
@@ -79,7 +81,7 @@ def test_texts_stay_with_their_completions() -> None:
 
 
 def test_sample_by_hand() -> None:
-    samples, counts = build_samples([make_group("p", [2, 1])], [scores(3, 1)], temperature=0.7, scale="none")
+    samples, counts = build_samples([make_group("p", [2, 1])], [scores(3, 1)], temperature=0.7, scale="none", version=0)
     first, second = samples
     assert first.token_ids == [20, 21, 22, 1, 1]
     assert first.loss_mask == [False, False, False, True, True]
@@ -89,11 +91,24 @@ def test_sample_by_hand() -> None:
     assert counts == {"samples/failed": 0.0, "samples/unscored": 0.0, "groups/without_spread": 0.0}
 
 
+def test_samples_know_how_old_their_weights_are_and_carry_their_experts() -> None:
+    group = make_group("p", [2, 1])
+    ids = np.zeros((4, 1, 2), dtype=np.uint8)
+    group.completions[0] = replace(group.completions[0], expert_ids=ids, policy_version=3)
+    (first, second), _ = build_samples([group], [scores(3, 1)], temperature=1.0, scale="none", version=5)
+    assert first.policy_lags == [0, 0, 0, 2, 2] and second.policy_lags == [0, 0, 0, 5]
+    assert first.expert_ids is ids and second.expert_ids is None
+
+
 def test_each_group_has_its_own_baseline() -> None:
     groups = [make_group("p", [1, 1]), make_group("q", [1] * 5)]
-    samples, _ = build_samples(groups, [scores(0, 1), scores(10, 10, 10, 10, 15)], temperature=1.0, scale="none")
+    samples, _ = build_samples(
+        groups, [scores(0, 1), scores(10, 10, 10, 10, 15)], temperature=1.0, scale="none", version=0
+    )
     assert [sample.advantage for sample in samples] == [-0.5, 0.5, -1, -1, -1, -1, 4]
-    scaled, _ = build_samples(groups, [scores(0, 1), scores(10, 10, 10, 10, 15)], temperature=1.0, scale="std")
+    scaled, _ = build_samples(
+        groups, [scores(0, 1), scores(10, 10, 10, 10, 15)], temperature=1.0, scale="std", version=0
+    )
     # deviations sqrt(1/2) and sqrt(20/4)
     assert [sample.advantage for sample in scaled][1::5] == pytest.approx([0.5**0.5, 4 / 5**0.5], rel=1e-5)
 
@@ -101,7 +116,7 @@ def test_each_group_has_its_own_baseline() -> None:
 def test_failed_and_unscored_completions_leave_the_batch() -> None:
     groups = [make_group("p", [1, 2, 0, 4], failed=[2]), make_group("q", [1, 1, 1, 1])]
     samples, counts = build_samples(
-        groups, [scores(4, None, 100, 2), scores(1, 1, 1, 0)], temperature=1.0, scale="none"
+        groups, [scores(4, None, 100, 2), scores(1, 1, 1, 0)], temperature=1.0, scale="none", version=0
     )
     # In p the failed completion's reward of 100 must not move the baseline of 3.
     assert [sample.advantage for sample in samples] == [1, -1, 0.25, 0.25, 0.25, -0.75]
@@ -112,7 +127,7 @@ def test_failed_and_unscored_completions_leave_the_batch() -> None:
 def test_flat_groups_are_kept_and_counted() -> None:
     groups = [make_group("flat", [1, 1]), make_group("spread", [1, 1]), make_group("alone", [1, 1], failed=[0])]
     samples, counts = build_samples(
-        groups, [scores(0.5, 0.5), scores(0, 1), scores(1, 1)], temperature=1.0, scale="std"
+        groups, [scores(0.5, 0.5), scores(0, 1), scores(1, 1)], temperature=1.0, scale="std", version=0
     )
     assert [sample.advantage == 0 for sample in samples] == [True, True, False, False]
     assert counts["groups/without_spread"] == 2 / 3
@@ -122,6 +137,6 @@ def test_flat_groups_are_kept_and_counted() -> None:
 
 def test_missing_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
-        build_samples([make_group("p", [1, 1])], [scores(1)], temperature=1.0, scale="std")
+        build_samples([make_group("p", [1, 1])], [scores(1)], temperature=1.0, scale="std", version=0)
     with pytest.raises(ValueError, match="zip"):
-        build_samples([make_group("p", [1, 1])], [], temperature=1.0, scale="std")
+        build_samples([make_group("p", [1, 1])], [], temperature=1.0, scale="std", version=0)

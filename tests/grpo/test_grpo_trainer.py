@@ -79,6 +79,7 @@ def make_trainer(
     learner: Learner | None = None,
     pool: LocalPool | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    on_alarm: Callable[[str], None] = lambda message: None,
     lr: float = 1e-2,
     **settings: Any,
 ) -> GRPOTrainer:
@@ -95,6 +96,7 @@ def make_trainer(
         STOP,
         run_dir,
         on_step,
+        on_alarm,
     )
 
 
@@ -349,6 +351,7 @@ def test_batch_metrics_by_hand() -> None:
         ({"completions_per_prompt": 1}, "completions_per_prompt must be >= 2 for a group baseline, got 1"),
         ({"minibatches": 0}, "minibatches=0 must divide the 256 samples"),
         ({"minibatches": 3}, "minibatches=3 must divide the 256 samples of a step"),
+        ({"mismatch_alarm_kl": 0.0}, "mismatch_alarm_kl must be > 0, got 0.0"),
         ({"temperature": 0.0}, "temperature must be > 0 to learn from samples, got 0.0"),
     ],
 )

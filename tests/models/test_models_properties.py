@@ -96,7 +96,8 @@ def test_replay_of_some_layers_leaves_the_others_free() -> None:
 
 
 def routing(ids: list[list[int]], scores: list[list[float]]) -> Routing:
-    return Routing(ids_TK=torch.tensor(ids), scores_TE=torch.tensor(scores, requires_grad=True))
+    ids_TK = torch.tensor(ids)
+    return Routing(ids_TK=ids_TK, chosen_TK=ids_TK, scores_TE=torch.tensor(scores, requires_grad=True))
 
 
 def loop_balance_loss(routed: Routing, lengths: list[int]) -> Tensor:
@@ -135,7 +136,9 @@ def test_balance_loss_equals_the_paper_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     scores_TE = torch.rand(sum(LENGTHS), 8, generator=generator)
     ids_TK = scores_TE.topk(3).indices
-    ours, plain = (Routing(ids_TK=ids_TK, scores_TE=scores_TE.clone().requires_grad_()) for _ in range(2))
+    ours, plain = (
+        Routing(ids_TK=ids_TK, chosen_TK=ids_TK, scores_TE=scores_TE.clone().requires_grad_()) for _ in range(2)
+    )
     loss = sequence_balance_loss(ours, SequenceLayout.from_lengths(LENGTHS))
     expected = loop_balance_loss(plain, LENGTHS)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and loss > 1.01
@@ -172,16 +175,16 @@ def test_bias_updates_even_the_load_of_a_skewed_router(groups: int) -> None:
         router.weight[:, 0] = torch.linspace(-0.5, 0.5, 16)
 
     def counts() -> Tensor:
-        return torch.bincount(router(tokens_TD)[0].flatten(), minlength=16)
+        return torch.bincount(router(tokens_TD)[0].ids_TK.flatten(), minlength=16)
 
     def violation() -> float:
         return load_metrics({0: counts()})["moe/max_violation"]
 
-    before, scores_TE = violation(), router(tokens_TD)[2]
+    before, scores_TE = violation(), router(tokens_TD)[0].scores_TE
     for _ in range(1500):
         update_correction_bias(router, counts(), 1e-3)
     assert before > 0.5 and violation() < 0.1, (before, violation())
-    assert torch.equal(router(tokens_TD)[2], scores_TE)
+    assert torch.equal(router(tokens_TD)[0].scores_TE, scores_TE)
 
 
 def test_bias_moves_by_speed_against_the_load() -> None:

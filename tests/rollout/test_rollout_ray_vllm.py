@@ -4,7 +4,7 @@ does.
 Pinned: (1) sampled log-probabilities equal transformers' within 1e-4 at temperature 1 and 0.7; (2) greedy tokens equal;
 (3) after updates A -> B -> A the engine scores as the model it was given, within 1e-4; (4) a tensor that is missing,
 unexpected or misshapen is an error that names it; (5) wrong values in one expert are caught by the probe; (6) seeds fix
-the samples.
+the samples; (7) recorded experts are the model's own.
 """
 
 import importlib.util
@@ -130,3 +130,15 @@ def test_a_bad_sync_is_an_error(session: tuple[EnginePool, DeepseekV3ForCausalLM
     with pytest.raises(SyncError, match="after the push of version 9, engine 0"):
         push_weights(pool, stale, 9, probe, expected, LIMIT)
     assert push_weights(pool, hf_tensors(model), 10, probe, expected, LIMIT) < LIMIT, "a good sync after a bad one"
+
+
+def test_recorded_experts_are_the_models_own(session: tuple[EnginePool, DeepseekV3ForCausalLM]) -> None:
+    """Both ways of attention; the arrays cross process borders. The tests above leave the engine with `model`."""
+    pool, model = session
+    for group in generate(pool, SamplingParams(num_completions=3, max_tokens=9, stop_token_id=3, seed=8)):
+        for completion in group.completions:
+            ids_T = torch.tensor(group.prompt.token_ids + completion.token_ids)
+            chosen = model(ids_T, SequenceLayout.from_lengths([len(ids_T)])).expert_ids
+            own = torch.stack([chosen[layer] for layer in sorted(chosen)], dim=1)[:-1].sort(-1).values
+            assert completion.expert_ids is not None
+            assert torch.equal(torch.from_numpy(completion.expert_ids.astype("int64")).sort(-1).values, own)
