@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models import SequenceLayout
+from models.packing import moved
 from rollout.router_replay import is_recorded
 
 Aggregation = Literal["token", "sequence"]
@@ -89,6 +90,9 @@ class MicroBatch:
     """[N] the learner's own before its first step; None where no sample has them."""
     expert_ids_TLK: Tensor | None
     """[T, L, K] int16, recorded experts; -1 in rows without a recording; None where no sample has one."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        return moved(self, device)
 
 
 def pack(samples: Sequence[TrainingSample], token_budget: int, aggregation: Aggregation) -> list[MicroBatch]:

@@ -19,7 +19,7 @@ from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
 from grpo.mismatch import MismatchMeter
 from grpo.schedule import Decay, learning_rate
 from models import CausalLM, ModelOutput, SequenceLayout, hf_tensors
-from models.balance import load_metrics
+from models.balance import count_experts, load_metrics
 from models.moe import Routing
 
 
@@ -88,7 +88,13 @@ class Learner:
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where batches go."""
+        return self.model.lm_head.weight.device
 
     def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
         """One optimizer step over all samples. Raises FloatingPointError if the gradient is not finite."""
@@ -96,7 +102,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)  # an update that raised must not leave its gradient to this one
         meters = _Meters()
         for micro_batch in pack(samples, config.token_budget, config.aggregation):
-            self._backward(micro_batch, meters)
+            self._backward(micro_batch.to(self.device), meters)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -166,10 +172,12 @@ class Learner:
             return samples
         old = [torch.zeros(len(sample.token_ids)) for sample in samples]
         for batch in pack(samples, self.config.token_budget, self.config.aggregation):
-            logprobs_N, _ = self._logprobs(self.model, self._forward(batch).hidden_TD, batch)
+            on_device = batch.to(self.device)
+            logprobs_N, _ = self._logprobs(self.model, self._forward(on_device).hidden_TD, on_device)
+            logprobs_N = logprobs_N.cpu()
             for place in batch.samples_N.unique().tolist():
                 trained_L = torch.tensor(samples[place].loss_mask)
-                old[place][trained_L] = logprobs_N[batch.samples_N == place].to(old[place].device)
+                old[place][trained_L] = logprobs_N[batch.samples_N == place]
         return [replace(s, old_logprobs=old_L.tolist()) for s, old_L in zip(samples, old, strict=True)]
 
     def _logprobs(self, model: CausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -179,10 +187,10 @@ class Learner:
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of each token given those before it; one fewer than tokens per sequence."""
-        layout = SequenceLayout.from_lengths([len(sequence) for sequence in sequences])
-        ids_T = torch.tensor([token for sequence in sequences for token in sequence])
+        layout = SequenceLayout.from_lengths([len(sequence) for sequence in sequences], self.device)
+        ids_T = torch.tensor([token for sequence in sequences for token in sequence], device=self.device)
         hidden_TD = self.model(ids_T, layout).hidden_TD
-        ones_T = torch.ones(len(ids_T) - 1)
+        ones_T = torch.ones(len(ids_T) - 1, device=self.device)
         logprobs_T, _ = token_logprobs(hidden_TD[:-1], self.model.lm_head.weight, ids_T[1:], ones_T)
         logprobs = logprobs_T.tolist()
         return [logprobs[s : e - 1] for s, e in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
@@ -201,20 +209,24 @@ class Learner:
 
 
 class _Meters:
-    """Weighted sums over micro-batches; the weights of a batch sum to 1, so sums are means."""
+    """Weighted sums over micro-batches; the weights of a batch sum to 1, so sums are means.
+
+    All stays on the device until the report, so that a GPU is never waited for in between.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
         self._expert_counts: dict[int, Tensor] = {}
         self.mismatch = MismatchMeter()
 
     def add(self, name: str, values_N: Tensor, weights_N: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + (values_N.detach() * weights_N).sum().item()
+        added = (values_N.detach() * weights_N).sum().double()
+        self._sums[name] = self._sums.get(name, torch.zeros_like(added)) + added
 
     def add_experts(self, routing: dict[int, Routing]) -> None:
         for layer, routed in routing.items():
-            counts_E = torch.bincount(routed.ids_TK.flatten(), minlength=routed.scores_TE.shape[1])
-            self._expert_counts[layer] = self._expert_counts.get(layer, 0) + counts_E
+            self._expert_counts[layer] = self._expert_counts.get(layer, 0) + count_experts(routed)
 
     def report(self) -> dict[str, float]:
-        return self._sums | self.mismatch.report() | load_metrics(self._expert_counts)
+        sums = {name: total.item() for name, total in self._sums.items()}
+        return sums | self.mismatch.report() | load_metrics(self._expert_counts)

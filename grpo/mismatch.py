@@ -26,8 +26,9 @@ class MismatchMeter:
     def __init__(self) -> None:
         self._differences: list[Tensor] = []
         self._lags: list[Tensor] = []
-        self._rows = self._recorded_rows = 0
-        self._choices = self._other_choices = self._other_tokens = 0
+        self._rows = 0
+        # [4] rows recorded in all layers; choices recorded; those with other experts; tokens with any such choice.
+        self._experts: Tensor | None = None
 
     def add(self, learner_N: Tensor, sampler_N: Tensor, lags_N: Tensor | None = None) -> None:
         """Log-probabilities of the same sampled tokens, both at the sampling temperature; `lags_N` is by how many
@@ -49,10 +50,9 @@ class MismatchMeter:
             return
         is_recorded_TL = recorded_TLK[:, :, 0] >= 0
         differs_TL = (chosen_TLK.sort(-1).values != recorded_TLK.sort(-1).values).any(-1) & is_recorded_TL
-        self._recorded_rows += int(is_recorded_TL.all(1).sum())
-        self._choices += int(is_recorded_TL.sum())
-        self._other_choices += int(differs_TL.sum())
-        self._other_tokens += int(differs_TL.any(1).sum())
+        counts = (is_recorded_TL.all(1), is_recorded_TL, differs_TL, differs_TL.any(1))
+        counted = torch.stack([of_kind.sum() for of_kind in counts])
+        self._experts = counted if self._experts is None else self._experts + counted
 
     def report(self) -> dict[str, float]:
         """Under `mismatch/`: mean and largest |difference|; KL(sampler || learner) per token as k1 (unbiased, of either
@@ -75,11 +75,12 @@ class MismatchMeter:
             if lags.any():
                 for lag in lags.unique().tolist():
                     report[f"mismatch/kl_k3_lag_{lag}"] = k3[lags == lag].mean().item()
+        rows, choices, other_choices, other_tokens = [0] * 4 if self._experts is None else self._experts.tolist()
         if self._rows:
-            report["mismatch/rows_without_experts"] = 1 - self._recorded_rows / self._rows
-        if self._choices:
-            report["mismatch/other_experts"] = self._other_choices / self._choices
-            report["mismatch/tokens_with_other_experts"] = self._other_tokens / max(1, self._recorded_rows)
+            report["mismatch/rows_without_experts"] = 1 - rows / self._rows
+        if choices:
+            report["mismatch/other_experts"] = other_choices / choices
+            report["mismatch/tokens_with_other_experts"] = other_tokens / max(1, rows)
         return report
 
 

@@ -8,11 +8,15 @@ Every per-token layer works on packed tokens [T, ...]; only attention needs to k
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class _MoveRows(torch.autograd.Function):
@@ -79,6 +83,16 @@ class _CollectRows(torch.autograd.Function):
         return grads[0].index_select(0, owner), None, None
 
 
+Record = TypeVar("Record", bound="DataclassInstance")
+
+
+def moved(record: Record, device: torch.device) -> Record:
+    """A copy of a dataclass with its tensors on `device`."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    tensors = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
+    return replace(record, **tensors)
+
+
 def move_rows(source: Tensor, target: Tensor, num_rows: int) -> Tensor:
     """Row i of `source` becomes row `target[i]` of `num_rows` rows, the others zero. `target` must not repeat."""
     return _MoveRows.apply(source, target, num_rows)  # type: ignore[no-any-return]
@@ -134,6 +148,9 @@ class SequenceLayout:
             blocks=blocks,
             block_rows_T=block_rows_T.to(device),
         )
+
+    def to(self, device: torch.device) -> "SequenceLayout":
+        return moved(self, device)
 
     @property
     def offsets(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.batch import MicroBatch, TrainingSample, pack
 from grpo.schedule import learning_rate
 from models import DeepseekV3ForCausalLM, build_model, find_config
-from models.balance import load_metrics, update_correction_bias
+from models.balance import count_experts, load_metrics, update_correction_bias
 from models.checkpoint import replace_folder, write_checkpoint
 from models.head import linear_cross_entropy
 from models.moe import Routing
@@ -141,7 +141,7 @@ def train(model: DeepseekV3ForCausalLM, documents: list[list[int]], config: Pret
                 loss += batch_loss
                 tokens += len(batch.ids_T)
                 for layer, routed in routing.items():
-                    counts_LE[layer] += torch.bincount(routed.ids_TK.flatten(), minlength=len(counts_LE[layer]))
+                    counts_LE[layer] += count_experts(routed)
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(
