@@ -28,7 +28,7 @@ def make_group(name: str, lengths: Sequence[int], *, prefill: str = "", failed: 
             token_ids=[i + 1] * length,
             logprobs=[-0.1] * length,
             finish_reason=FinishReason.ERROR if i in failed else FinishReason.STOP,
-            policy_version=0,
+            version_spans=((0, length),),
             seed=i,
         )
         for i, length in enumerate(lengths)

@@ -73,7 +73,7 @@ class ScriptedPool:
             text, reason = self.answers[prompt.id]
             ids = encode(text)
             completion = Completion(
-                token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason=reason, policy_version=0, seed=0
+                token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason=reason, version_spans=((0, len(ids)),), seed=0
             )
             yield CompletionGroup(prompt=prompt, completions=[completion])
 

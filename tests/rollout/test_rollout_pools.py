@@ -38,7 +38,7 @@ def test_ray_pool_equals_local_pool(tmp_path: Path) -> None:
             expected = {g.prompt.id: [c.token_ids for c in g.completions] for g in local.generate(prompts, PARAMS)}
             groups = list(remote.generate(prompts, PARAMS))
             assert expected == {g.prompt.id: [c.token_ids for c in g.completions] for g in groups}
-            assert {c.policy_version for g in groups for c in g.completions} == {version}
+            assert {c.oldest_version for g in groups for c in g.completions} == {version}
             sequences = [prompt.token_ids for prompt in prompts]
             first, second = remote.score(sequences)
             assert first == second

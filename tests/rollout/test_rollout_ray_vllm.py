@@ -109,7 +109,7 @@ def test_weight_updates_a_b_a(session: tuple[EnginePool, DeepseekV3ForCausalLM],
         assert push_weights(pool, hf_tensors(model), version, probe, scores[name], LIMIT) < LIMIT
         params = SamplingParams(num_completions=2, max_tokens=8, stop_token_id=3, seed=version)
         groups = generate(pool, params)
-        assert {c.policy_version for g in groups for c in g.completions} == {version}
+        assert {c.oldest_version for g in groups for c in g.completions} == {version}
         recorded = [completion.logprobs for group in groups for completion in group.completions]
         assert largest_difference(score_at_temperature(model, groups, 1.0), recorded) < LIMIT, "decoding is stale"
 
