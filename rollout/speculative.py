@@ -116,7 +116,10 @@ class SpeculativeDecoder:
 
     def join(self, other: "SpeculativeDecoder") -> None:
         assert not self.is_first and not other.is_first, "there is no token behind the prompts yet"
-        self.ids_BS, self.hidden_BSD = join_rows(self.ids_BS, other.ids_BS), join_rows(self.hidden_BSD, other.hidden_BSD)
+        self.ids_BS, self.hidden_BSD = (
+            join_rows(self.ids_BS, other.ids_BS),
+            join_rows(self.hidden_BSD, other.hidden_BSD),
+        )
         self.cache.join(other.cache)
         self.draft_cache.join(other.draft_cache)
 

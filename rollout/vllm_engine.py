@@ -35,11 +35,13 @@ class VLLMEngine(Engine):
         _set_environment(config, model)
         import vllm
         from vllm.config import WeightTransferConfig
+        from vllm.sampling_params import RequestOutputKind
 
         register_backend()
         self.config = config
         self._expected = tensor_shapes(model)
         self._vllm = vllm
+        self._final_only = RequestOutputKind.FINAL_ONLY
         self._llm = vllm.LLM(
             model=model,
             dtype=config.dtype,
@@ -75,7 +77,7 @@ class VLLMEngine(Engine):
             logprobs=0,  # the sampled token's alone
             flat_logprobs=True,
             detokenize=False,
-            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+            output_kind=self._final_only,
             skip_clone=True,
             **sampling_arguments(request, self._draws_are_ours),
         )
