@@ -115,11 +115,11 @@ class RemoteEngine:
     stream: Any = None
     """Ray's generator of the call going on."""
     waiting: dict[Key, tuple[Request, float]] = field(default_factory=dict)
-    """Handed out and not come back, with the time of handing out, time.monotonic() seconds."""
+    """Handed out and not come back, with the time of handing out, seconds of the pool's clock."""
     steps: int = -1
     """Last count heard of it."""
     moved: float = 0.0
-    """When the count last changed."""
+    """When the count last changed or something came."""
     asked: Any = None
     """The question for the count that is under way."""
 
@@ -209,10 +209,17 @@ def _dump_stack(pid: int, stack_file: str) -> str:
 
 
 def start_ray(num_engines: int) -> None:
-    """A Ray of our own, quiet, without dashboard or usage report, with a worker slot for each engine."""
+    """Joins the cluster that RAY_ADDRESS names; without it starts a Ray of our own, with a slot for each engine.
+
+    Quiet, without dashboard or usage report. A cluster that happens to run on this machine is left alone.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        return
     ray.init(
+        address="local",
         num_cpus=num_engines,
         include_dashboard=False,
         configure_logging=True,

@@ -42,6 +42,8 @@ class RayPool(EnginePool):
         self._weights: tuple[Any, int] | None = None
         """What `load_weights` gave the engines last."""
         self._call = 0
+        self._clock = 0.0
+        """Seconds spent looking at the engines: what the caller does between two groups counts against none of them."""
         self._restarts = self._reissued = self._restarts_in_a_row = 0
         self.engines: list[RemoteEngine] = start_engines(config, model, range(config.num_engines), self.actor_class)
 
@@ -53,7 +55,7 @@ class RayPool(EnginePool):
         tick = min(1.0, self._config.request_timeout_s / 4, self._config.stall_timeout_s / 4)
         if stop is not None:
             tick = min(tick, 0.05)  # another thread may set it, which does not wake ray.wait
-        is_paused = False
+        is_paused, looked, check_at = False, time.monotonic(), self._clock + tick
         try:
             while queue or any(engine.waiting for engine in self.engines):
                 if stop is not None and stop.is_set() and not is_paused:
@@ -64,11 +66,16 @@ class RayPool(EnginePool):
                     yield from (_untouched(request) for group in queue for request in group)
                     queue.clear()
                 self._hand_out(queue, params)
-                busy = {engine.stream: engine for engine in self.engines if engine.waiting}
+                in_turn = sorted(self.engines, key=lambda engine: engine.moved)
+                busy = {engine.stream: engine for engine in in_turn if engine.waiting}
                 ready, _ = ray.wait(list(busy), num_returns=1, timeout=tick) if busy else ([], [])
+                now = time.monotonic()
+                looked, self._clock = now, self._clock + min(now - looked, 2 * tick)
                 for stream in ready:
                     yield from self._receive(busy[stream], params, is_paused)
-                yield from self._replace_silent(params, queue, is_paused)
+                if self._clock >= check_at:
+                    check_at = self._clock + tick
+                    yield from self._replace_silent(params, queue, is_paused)
         finally:
             self._end_call()
 
@@ -79,15 +86,15 @@ class RayPool(EnginePool):
             engine = min(self.engines, key=lambda engine: len(engine.waiting))
             if len(engine.waiting) >= self._config.max_num_seqs:
                 break
-            now, group = time.monotonic(), queue.popleft()
-            engine.waiting.update({request.key: (request, now) for request in group})
+            group = queue.popleft()
+            engine.waiting.update({request.key: (request, self._clock) for request in group})
             given.setdefault(engine.index, []).extend(group)
         for index, requests in given.items():
             self._send(self.engines[index], requests, params)
 
     def _send(self, engine: RemoteEngine, requests: Sequence[Request], params: SamplingParams) -> None:
         if engine.stream is None:
-            engine.moved = time.monotonic()  # before its first request it had nothing to do
+            engine.moved = self._clock  # before its first request it had nothing to do
             stream = engine.actor.stream.options(num_returns="streaming")
             engine.stream = stream.remote(self._call, requests, params)
         else:
@@ -100,6 +107,7 @@ class RayPool(EnginePool):
         except RayActorError as error:
             yield from self._replace(engine, f"it died: {error}", params, is_paused)
             return
+        engine.moved = self._clock
         for sampled in finished:
             # What is not waited for has come from an engine given up, or twice.
             if engine.waiting.pop(sampled.key, None) is not None:
@@ -110,11 +118,10 @@ class RayPool(EnginePool):
         self, params: SamplingParams, queue: Sequence[Sequence[Request]], is_paused: bool
     ) -> Iterator[Sampled]:
         """The watchdog: replaces engines that let their time pass, after saying who waits for whom, and where."""
-        now = time.monotonic()
         for engine in [engine for engine in self.engines if engine.waiting]:
-            engine.watch(now)
-            if trouble := engine.trouble(now, self._config):
-                state = "\n".join(one.status(now) for one in self.engines)
+            engine.watch(self._clock)
+            if trouble := engine.trouble(self._clock, self._config):
+                state = "\n".join(one.status(self._clock) for one in self.engines)
                 self._report(
                     f"{state}\n{len(queue)} groups wait for a free engine\n"
                     f"stack of engine {engine.index}:\n{stack_of(engine.address)}"
@@ -143,8 +150,7 @@ class RayPool(EnginePool):
             yield from (_untouched(request) for request in requests)
         elif params is not None and requests:
             self._reissued += len(requests)
-            now = time.monotonic()
-            new.waiting = {request.key: (request, now) for request in requests}
+            new.waiting = {request.key: (request, self._clock) for request in requests}
             self._send(new, requests, params)
 
     def _end_call(self) -> None:

@@ -1,5 +1,5 @@
-"""Ray engines that die, hang or vanish with their host, mid-step: the same completions as without. On a cluster of three
-nodes.
+"""Ray engines that die, hang or vanish with their host, mid-step, on a cluster of three nodes: the same completions as
+without.
 
 Pinned: (1) kill -9 of an engine; (2) a process that is stopped; (3) one that hangs in C with Python's lock held, whose
 stack is reported; (4) a node of three lost; (5) giving up after `max_restarts`; (6) newest weights in the new engine;
@@ -7,8 +7,10 @@ stack is reported; (4) a node of three lost; (5) giving up after `max_restarts`;
 """
 
 import ctypes
+import logging
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,13 +46,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def nodes() -> Iterator[Any]:
     """Three nodes of one CPU each: two for the engines, one to spare. Gives (cluster, nodes other than the head)."""
-    size = {"num_cpus": 1, "object_store_memory": 200 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=size)
-    others = {node.node_id: node for node in [cluster.add_node(**size) for _ in range(2)]}
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster, others
-    ray.shutdown()
-    cluster.shutdown()
+    # A folder of its own: in the usual one, other programs on this machine would find this cluster and join it.
+    with tempfile.TemporaryDirectory() as folder:
+        size: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 200 * 2**20, "temp_dir": folder}
+        cluster = Cluster(initialize_head=True, head_node_args=size)
+        others = {node.node_id: node for node in [cluster.add_node(**size) for _ in range(2)]}
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield cluster, others
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +140,16 @@ def test_a_stopped_process_is_replaced(start: Any, undisturbed: dict[str, list[A
 
 
 class HangingActor(EngineActor):
-    """Hangs in its fifth answer, holding Python's lock, if the file named by an environment variable is there."""
+    """Hangs in its fifth answer, holding Python's lock, if there is a file `hang` beside the model."""
+
+    def __init__(self, config: EngineConfig, model: str) -> None:
+        super().__init__(config, model)
+        self.marker = Path(model) / "hang"
 
     def stream(self, *args: Any) -> Iterator[Any]:
         for number, finished in enumerate(super().stream(*args)):
-            if number == 4 and Path(os.environ["HANG_IF"]).exists():
-                Path(os.environ["HANG_IF"]).unlink()
+            if number == 4 and self.marker.exists():
+                self.marker.unlink()
                 ctypes.PyDLL(None).sleep(1000)
             yield finished
 
@@ -160,11 +168,8 @@ class DyingPool(RayPool):
     actor_class = DyingActor
 
 
-def test_a_hung_request_is_begun_again(
-    start: Any, undisturbed: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HANG_IF", str(tmp_path / "hang"))
-    (tmp_path / "hang").touch()
+def test_a_hung_request_is_begun_again(start: Any, undisturbed: dict[str, list[Any]], checkpoint: str) -> None:
+    (Path(checkpoint) / "hang").touch()
     harness = start(replace(CONFIG, request_timeout_s=5.0), HangingPool)
     assert harness.run() == undisturbed
     watchdog, replaced = harness.messages
