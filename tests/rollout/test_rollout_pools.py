@@ -76,11 +76,12 @@ def test_memory_stays_flat_over_500_steps(tmp_path: Path) -> None:
     assert isinstance(pool, RayPool)
 
     def memory() -> dict[str, float]:
-        """MiB of the driver, of each engine, and of Ray's object store."""
+        """MiB that the driver and each engine have for themselves, and of Ray's object store."""
         pids = {"driver": os.getpid()} | {f"engine {e.index}": e.address.pid for e in pool.engines}
-        resident = {name: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) / 256 for name, pid in pids.items()}
+        status = {name: Path(f"/proc/{pid}/status").read_text() for name, pid in pids.items()}
+        own = {name: int(text.split("RssAnon:")[1].split()[0]) / 2**10 for name, text in status.items()}
         total, free = ray.cluster_resources(), ray.available_resources()
-        return resident | {"objects": (total["object_store_memory"] - free["object_store_memory"]) / 2**20}
+        return own | {"objects": (total["object_store_memory"] - free["object_store_memory"]) / 2**20}
 
     try:
         for step in range(500):
