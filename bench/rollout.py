@@ -3,10 +3,10 @@
     python bench/rollout.py                                                       # CPU, float32, the quickstart's shape
     python bench/rollout.py --preset 16b-a3b --layers 8 --device cuda --dtype bfloat16 --prompts 32 --max-tokens 512
 
-All get the same requests (prompts, number of completions, lengths, temperature) and the same random weights, written to
-a temporary folder once. `--bare-seeds` gives vLLM's own requests a seed each, as ours have; without it its sampler draws
-for all rows at once, which is its fastest. The pool's rewards run in a thread while it generates. Each is a process of
-its own, since one holds the GPU; `--rounds` of them in turn, and the median counts.
+All get the same requests (prompts, number of completions, lengths, temperature) and the same random weights, written
+once to a temporary folder. `--bare-seeds` gives vLLM's own requests a seed each, as ours have; without it its sampler
+draws for all rows at once, which is its fastest. The pool's rewards run in a thread while it generates. Each is a
+process of its own, since one holds the GPU; `--rounds` of them in turn, and the median counts.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def variety(sample: Sample) -> float:
 
 def score(group: CompletionGroup, rubric: Rubric) -> None:
     texts = [" ".join(map(str, completion.token_ids)) for completion in group.completions]
-    rubric.score([Sample(prompt="", completion=text, row={}) for text in texts])
+    rubric.score_groups([[Sample(prompt="", completion=text) for text in texts]])
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def report(rates: dict[str, list[float]], options: argparse.Namespace) -> None:
     print(
         f"{options.preset}, {options.layers or 'all'} layers, {options.dtype}: {options.prompts} prompts of "
         f"{options.length} tokens x {options.completions} completions of up to {options.max_tokens}, "
-        f"bare {'with' if options.bare_seeds else 'without'} seeds; median, least and most of {options.rounds} processes"
+        f"bare {'with' if options.bare_seeds else 'without'} seeds; median (least to most) of {options.rounds} processes"
     )
     reference = statistics.median(rates["bare"]) if "bare" in rates else None
     for kind, found in rates.items():

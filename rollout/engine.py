@@ -9,6 +9,7 @@ temperature.
 """
 
 import importlib.util
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -125,23 +126,27 @@ class Engine(ABC):
     def start_batch(self, params: SamplingParams) -> Batch:
         """An empty batch, one at a time."""
 
-    def stream(self, inbox: Inbox, params: SamplingParams) -> Iterator[list[Sampled]]:
+    def stream(self, inbox: Inbox, params: SamplingParams, collect_s: float = 0.0) -> Iterator[list[Sampled]]:
         """Completions as they finish, those of one decoding step together, until the inbox is closed and empty.
 
-        Requests begin as others finish. When the inbox is paused, all that is left comes as finish reason `paused`.
+        Those of all steps in `collect_s` seconds come together, and the last at once. Requests begin as others finish.
+        When the inbox is paused, all that is left comes as finish reason `paused`.
         """
         batch = self.start_batch(params)
+        finished: list[Sampled] = []
+        given = time.monotonic()
         try:
             while not inbox.is_paused:
                 if requests := inbox.take(batch.room, wait=len(batch) == 0):
                     batch.admit(requests)
                 if len(batch) == 0:
                     break
-                finished = batch.step()
+                finished += batch.step()
                 self.steps += 1
-                if finished:
+                if finished and (len(batch) == 0 or time.monotonic() - given >= collect_s):
                     yield finished
-            left = [outcome(request, [], [], FinishReason.PAUSED, self.version) for request in inbox.drain()]
+                    finished, given = [], time.monotonic()
+            left = finished + [outcome(request, [], [], FinishReason.PAUSED, self.version) for request in inbox.drain()]
             if left := left + batch.pause():
                 yield left
         finally:

@@ -31,6 +31,8 @@ from rollout.stream import Inbox, Key, Request, Sampled
 START_TIMEOUT_S = 1200.0
 """Longest time for a place in the cluster and for loading the model."""
 STACK_TIMEOUT_S = 20.0
+COLLECT_S = 0.02
+"""Finished completions travel together for so long: an object of Ray costs a millisecond, a tiny model's step two."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class EngineActor:
     def stream(self, call: int, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Sampled]]:
         inbox = self._inbox(call)
         inbox.put(requests)
-        yield from self.engine.stream(inbox, params)
+        yield from self.engine.stream(inbox, params, COLLECT_S)
 
     def _inbox(self, call: int) -> Inbox:
         # Methods of two groups run in no order: whichever of `stream` and `submit` comes first makes the inbox.

@@ -140,7 +140,7 @@ def test_a_stopped_process_is_replaced(start: Any, undisturbed: dict[str, list[A
 
 
 class HangingActor(EngineActor):
-    """Hangs in its fifth answer, holding Python's lock, if there is a file `hang` beside the model."""
+    """Hangs in its third answer, holding Python's lock, if there is a file `hang` beside the model."""
 
     def __init__(self, config: EngineConfig, model: str) -> None:
         super().__init__(config, model)
@@ -148,7 +148,7 @@ class HangingActor(EngineActor):
 
     def stream(self, *args: Any) -> Iterator[Any]:
         for number, finished in enumerate(super().stream(*args)):
-            if number == 4 and self.marker.exists():
+            if number == 2 and self.marker.exists():
                 self.marker.unlink()
                 ctypes.PyDLL(None).sleep(1000)
             yield finished
