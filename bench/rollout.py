@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from models import find_config, save_pretrained
 from models.transformer import DeepseekV3ForCausalLM
 from rewards import Rubric, Sample, reward
@@ -163,7 +165,7 @@ def main() -> None:
         write_model(options, Path(folder) / "model")
         if options.device == "cuda":
             torch.cuda.empty_cache()
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         for _ in range(options.rounds):
             for kind in kinds:
                 command = [sys.executable, *sys.argv, "--run", kind, f"{folder}/model"]
@@ -181,7 +183,7 @@ def report(rates: dict[str, list[float]], options: argparse.Namespace) -> None:
     print(
         f"{options.preset}, {options.layers or 'all'} layers, {options.dtype}: {options.prompts} prompts of "
         f"{options.length} tokens x {options.completions} completions of up to {options.max_tokens}, "
-        f"bare {'with' if options.bare_seeds else 'without'} seeds; median (least to most) of {options.rounds} processes"
+        f"bare {'with' if options.bare_seeds else 'without'} seeds; median (least to most) of {options.rounds} runs"
     )
     reference = statistics.median(rates["bare"]) if "bare" in rates else None
     for kind, found in rates.items():

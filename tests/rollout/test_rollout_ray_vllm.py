@@ -4,10 +4,11 @@ does.
 Pinned: (1) sampled log-probabilities equal transformers' within 1e-4 at temperature 1 and 0.7; (2) greedy tokens equal;
 (3) after updates A -> B -> A the engine scores as the model it was given, within 1e-4; (4) a tensor that is missing,
 unexpected or misshapen is an error that names it; (5) wrong values in one expert are caught by the probe; (6) seeds fix
-the samples.
+the samples, as in the native engine, also when they are paused and continued, prompts run in pieces or with others.
 """
 
 import importlib.util
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,25 @@ def score_at_temperature(
             logprobs_T = logprobs_TV[:-1].gather(1, ids_T[1:, None]).squeeze(1).tolist()
             scores.append(logprobs_T[-len(completion.token_ids) :])
     return scores
+
+
+def test_seeds_fix_the_samples(session: tuple[EnginePool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
+    pool, model = session
+    save_pretrained(model, tmp_path / "model")
+    native = build_engine(EngineConfig(kind="native", transport="local"), str(tmp_path / "model"))
+    params = SamplingParams(num_completions=3, max_tokens=40, stop_token_id=96, seed=2)
+    expected = tokens(native.generate(make_prompts(6), params))
+    assert tokens(generate(pool, params)) == expected
+    stop, paused = threading.Event(), []
+    stop.set()  # before the first step, or in one of the first, whenever the engine hears of it
+    for _ in range(2):
+        paused = list(pool.generate(paused or make_prompts(6), params, stop=stop))
+    assert not all(group.is_complete for group in paused)
+    assert tokens(list(pool.generate(paused, params))) == expected
+
+
+def tokens(groups: list[CompletionGroup]) -> dict[str, list[list[int]]]:
+    return {group.prompt.id: [completion.token_ids for completion in group.completions] for group in groups}
 
 
 def test_weight_updates_a_b_a(session: tuple[EnginePool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
