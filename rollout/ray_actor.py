@@ -170,22 +170,29 @@ def start_engines(config: EngineConfig, model: str, indices: Sequence[int], acto
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "KMP_BLOCKTIME": "0"}
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": claimed, "concurrency_groups": {"control": 1}}
     remote: Any = ray.remote(**options)(actor_class)
+    engines: list[RemoteEngine] = []
     places = [placement_group([bundle]) for _ in indices]
-    for place in places:
-        if not place.wait(START_TIMEOUT_S):
-            raise RuntimeError(
-                f"no room for an engine in the cluster: it needs {bundle} on one host, free is "
-                f"{ray.available_resources()}; add hosts or lower num_engines={config.num_engines}"
-            )
-    actors = [
-        remote.options(
-            runtime_env={"env_vars": environment},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=0),
-        ).remote(config, model)
-        for place in places
-    ]
-    addresses = ray.get([actor.ready.remote() for actor in actors], timeout=START_TIMEOUT_S)
-    return [RemoteEngine(*one) for one in zip(indices, actors, places, addresses, strict=True)]
+    try:
+        for place in places:
+            if not place.wait(START_TIMEOUT_S):
+                raise RuntimeError(
+                    f"no room for an engine in the cluster: it needs {bundle} on one host, free is "
+                    f"{ray.available_resources()}; add hosts or lower num_engines={config.num_engines}"
+                )
+        actors = [
+            remote.options(
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=0),
+            ).remote(config, model)
+            for place in places
+        ]
+        addresses = ray.get([actor.ready.remote() for actor in actors], timeout=START_TIMEOUT_S)
+        engines = [RemoteEngine(*one) for one in zip(indices, actors, places, addresses, strict=True)]
+    finally:
+        if not engines:
+            for place in places:
+                remove_placement_group(place)  # and with it what has been started there
+    return engines
 
 
 def stack_of(address: Address) -> str:

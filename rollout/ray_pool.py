@@ -133,19 +133,25 @@ class RayPool(EnginePool):
     ) -> Iterator[Sampled]:
         """A new engine with the newest weights and the old one's requests; those come back at once if paused."""
         requests = [request for request, _ in engine.waiting.values()]
-        self._restarts += 1
-        self._restarts_in_a_row += 1
-        if self._restarts_in_a_row > self._config.max_restarts:
-            raise RuntimeError(
-                f"engine {engine.index} failed, and so did {self._config.max_restarts} before it with no completion in "
-                f"between (max_restarts={self._config.max_restarts}): {reason}"
-            )
         self._report(f"engine {engine.index} is replaced, {len(requests)} requests are begun again: {reason}")
-        engine.kill()
-        (new,) = start_engines(self._config, self._model, [engine.index], self.actor_class)
-        self.engines[engine.index] = new
-        if self._weights is not None:
-            ray.get(new.actor.load_weights.remote(*self._weights), timeout=self._config.request_timeout_s)
+        while True:
+            self.engines[engine.index].kill()
+            self._restarts += 1
+            self._restarts_in_a_row += 1
+            if self._restarts_in_a_row > self._config.max_restarts:
+                raise RuntimeError(
+                    f"engine {engine.index} failed, and so did {self._config.max_restarts} before it with no "
+                    f"completion in between (max_restarts={self._config.max_restarts}): {reason}"
+                )
+            try:
+                (new,) = start_engines(self._config, self._model, [engine.index], self.actor_class)
+                self.engines[engine.index] = new
+                if self._weights is not None:
+                    ray.get(new.actor.load_weights.remote(*self._weights), timeout=self._config.request_timeout_s)
+                break
+            except (RayActorError, GetTimeoutError) as error:
+                reason = f"the new engine did not start: {error}"
+                self._report(f"engine {engine.index}: {reason}")
         if is_paused:
             yield from (_untouched(request) for request in requests)
         elif params is not None and requests:

@@ -176,6 +176,8 @@ def _set_environment(config: EngineConfig, model: str) -> None:
     }
     if not torch.cuda.is_available() and not _has_cpu_mla_size(model):
         wanted["VLLM_MLA_DISABLE"] = "1"
+    if config.tensor_parallel_size > 1:
+        wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to worker processes of our own
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 

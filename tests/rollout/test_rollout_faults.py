@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayActorError
 
 from models import hf_tensors, save_pretrained
 from rollout.engine import EngineConfig
@@ -176,6 +177,16 @@ def test_a_hung_request_is_begun_again(start: Any, undisturbed: dict[str, list[A
     assert "test_rollout_faults.py" in watchdog and "in stream" in watchdog, "the stack of the hung process"
     assert "groups wait for a free engine" in watchdog and "longest waiting: p" in watchdog
     assert "request_timeout_s is 5.0" in replaced
+
+
+def test_an_engine_that_cannot_start_is_an_error(checkpoint: str) -> None:
+    free = ray.available_resources()["CPU"]
+    with pytest.raises(RayActorError, match="num_speculative_tokens=1 needs as many prediction modules"):
+        RayPool(replace(CONFIG, num_speculative_tokens=1), checkpoint)
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < free:  # Ray tells nobody when a place is free again
+        assert time.monotonic() < deadline, "what was started has not been ended"
+        time.sleep(0.2)
 
 
 def test_giving_up(start: Any) -> None:

@@ -163,5 +163,13 @@ def test_seeds_of_completions_are_their_own() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="transport 'local' runs exactly 1 engine, got num_engines=2; use 'ray'"):
         EngineConfig(transport="local", num_engines=2)
+    with pytest.raises(
+        ValueError, match="tensor_parallel_size=2 needs the engine 'vllm' and placement 'separate', got"
+    ):
+        EngineConfig(kind="vllm", tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"stall_timeout_s must be > 0, got 3600\.0 and 0"):
+        EngineConfig(stall_timeout_s=0)
+    with pytest.raises(ValueError, match="max_restarts >= 0, got 1 and -1"):
+        EngineConfig(max_restarts=-1)
     with pytest.raises(ValueError, match="temperature must be >= 0, got -1"):
         SamplingParams(max_tokens=1, temperature=-1, stop_token_id=0)
