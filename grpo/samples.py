@@ -67,7 +67,7 @@ def build_samples(
         for completion, advantage in zip(group.completions, advantages, strict=True):
             if advantage is None:
                 continue
-            lag = version - completion.policy_version
+            lags = [version - sampler for sampler, count in completion.version_spans for _ in range(count)]
             samples.append(
                 TrainingSample(
                     token_ids=[*prompt_ids, *completion.token_ids],
@@ -76,7 +76,7 @@ def build_samples(
                     advantage=advantage,
                     temperature=temperature,
                     expert_ids=completion.expert_ids,
-                    policy_lags=[0] * len(prompt_ids) + [lag] * len(completion.token_ids),
+                    policy_lags=[0] * len(prompt_ids) + lags,
                 )
             )
     total = sum(len(group.completions) for group in groups)

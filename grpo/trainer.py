@@ -260,7 +260,7 @@ def group_rows(
                 "metrics": dict(score.metrics),
                 "info": dict(score.info),
                 "finish_reason": completion.finish_reason,
-                "policy_version": completion.policy_version,
+                "policy_version": completion.oldest_version,
             }
             for text, completion, score in zip(texts, group.completions, group_scores, strict=True)
         ]

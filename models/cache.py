@@ -66,3 +66,22 @@ class LatentCache:
         self.kv_c_LBSC = {layer: x.index_select(0, rows) for layer, x in self.kv_c_LBSC.items()}
         self.k_pe_LBSR = {layer: x.index_select(0, rows) for layer, x in self.k_pe_LBSR.items()}
         self.lengths_B = self.lengths_B.index_select(0, rows)
+
+    def join(self, other: "LatentCache") -> None:
+        """Puts the other's sequences behind these; the wider of the two sets the room of all."""
+
+        def joined(ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: join_rows(x, theirs[layer]) for layer, x in ours.items()}
+
+        self.kv_c_LBSC = joined(self.kv_c_LBSC, other.kv_c_LBSC)
+        self.k_pe_LBSR = joined(self.k_pe_LBSR, other.k_pe_LBSR)
+        self.lengths_B = torch.cat([self.lengths_B, other.lengths_B])
+
+
+def join_rows(x_BS: Tensor, y_BS: Tensor) -> Tensor:
+    """[B + B', max(S, S'), ...] both, one above the other, the narrower filled with zeros."""
+    width = max(x_BS.shape[1], y_BS.shape[1])
+    joined_BS = x_BS.new_zeros(len(x_BS) + len(y_BS), width, *x_BS.shape[2:])
+    joined_BS[: len(x_BS), : x_BS.shape[1]] = x_BS
+    joined_BS[len(x_BS) :, : y_BS.shape[1]] = y_BS
+    return joined_BS

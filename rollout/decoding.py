@@ -4,10 +4,9 @@ Shapes: B sequences being decoded, T packed prompt tokens, D hidden, V vocabular
 token, X any leading dimensions.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -16,23 +15,23 @@ from torch import Tensor, nn
 
 from models import DeepseekV3ForCausalLM, LatentCache, SequenceLayout
 from rollout.router_replay import pack_ids
-from rollout.sample import FinishReason, Prompt, SamplingParams
+from rollout.sample import FinishReason, SamplingParams
+from rollout.stream import Request
 
 
 @dataclass
 class Running:
     """A completion while it is being sampled."""
 
-    prompt: int
-    """Index into the prompts."""
-    seed: int
+    request: Request
     budget: int
-    """Tokens it may still grow to in total."""
-    draws: random.Random
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    """Tokens the completion may grow to in total."""
+    token_ids: list[int]
+    """All of the completion, those sampled before a pause included."""
+    logprobs: list[float]
+    """[L'] of the tokens sampled since."""
     experts: list[np.ndarray] = field(default_factory=list)
-    """[tokens, L, K] pieces: the prompt's experts, and those of each token sampled so far but the newest."""
+    """[tokens, L, K] pieces: the context's experts, and those of each token sampled since but the newest."""
     finish_reason: FinishReason | None = None
 
     def append(self, token: int, logprob: float, stop_token_id: int) -> None:
@@ -52,8 +51,8 @@ class Running:
 class Decoder(Protocol):
     """Continues a batch; rows are in the order of the samples it is given."""
 
-    prompt_experts: list[list[np.ndarray]]
-    """What each prompt adds to `Running.experts`: one piece, or none in a model without experts."""
+    context_experts: list[list[np.ndarray]]
+    """What each context adds to `Running.experts`: one piece, or none in a model without experts."""
 
     def step(self, active: Sequence[Running]) -> None:
         """Grows every sample by at least one token, none of them finished."""
@@ -61,6 +60,10 @@ class Decoder(Protocol):
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may be named several times."""
+        ...
+
+    def join(self, other: Self) -> None:
+        """Puts the rows of another decoder behind these; both have done a step."""
         ...
 
 
@@ -87,35 +90,53 @@ def choose(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     return ids_B.clamp(max=weights_BV.shape[1] - 1)
 
 
-def uniforms(active: Sequence[Running], count: int, temperature: float) -> Tensor:
-    """[B, count] each sample's own next random numbers, float64; zeros at temperature 0, which draws none."""
-    if temperature == 0:
-        return torch.zeros(len(active), count, dtype=torch.float64)
-    return torch.tensor([[sample.draws.random() for _ in range(count)] for sample in active], dtype=torch.float64)
+def uniforms(seeds: Sequence[int], places: Sequence[int], count: int) -> Tensor:
+    """[B, count] numbers from [0, 1), float64, that depend on each row's seed and place alone.
+
+    A counter in place of a generator's state: row b is drawn from stream `seeds[b]` for token `places[b]` of its
+    completion, whatever was drawn before, so a paused completion goes on where it stopped. SplitMix64 (Steele, Lea and
+    Flood, OOPSLA 2014); a stream's numbers are 2^-53 apart.
+    """
+    counters_BX = np.array(places, dtype=np.uint64)[:, None] * np.uint64(64) + np.arange(count, dtype=np.uint64)
+    starts_B1 = _mix64(np.array(seeds, dtype=np.uint64))[:, None]
+    bits_BX = _mix64(starts_B1 + counters_BX * np.uint64(0x9E3779B97F4A7C15))
+    return torch.from_numpy((bits_BX >> np.uint64(11)) * 2.0**-53)
+
+
+def _mix64(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function, modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def next_uniforms(active: Sequence[Running], count: int) -> Tensor:
+    """[B, count] what each sample draws its next token or tokens from."""
+    return uniforms([sample.request.seed for sample in active], [len(sample.token_ids) for sample in active], count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefill:
-    """What running each prompt once gives."""
+    """What running each context once gives."""
 
     ids_T: Tensor
     hidden_TD: Tensor
     layout: SequenceLayout
     cache: LatentCache
     experts: list[list[np.ndarray]]
-    """As `Decoder.prompt_experts`."""
+    """As `Decoder.context_experts`."""
 
 
-def prefill(model: DeepseekV3ForCausalLM, prompts: Sequence[Prompt], room: int) -> Prefill:
-    """Runs each prompt once, into a cache of `room` tokens per prompt."""
-    layout = SequenceLayout.from_lengths([len(prompt.token_ids) for prompt in prompts])
+def prefill(model: DeepseekV3ForCausalLM, contexts: Sequence[Sequence[int]], room: int) -> Prefill:
+    """Runs each context once, into a cache of `room` tokens per context."""
+    layout = SequenceLayout.from_lengths([len(context) for context in contexts])
     head = model.lm_head.weight
-    cache = LatentCache(model.config, len(prompts), room, dtype=head.dtype, device=head.device)
-    ids_T = torch.tensor([token for prompt in prompts for token in prompt.token_ids])
+    cache = LatentCache(model.config, len(contexts), room, dtype=head.dtype, device=head.device)
+    ids_T = torch.tensor([token for context in contexts for token in context])
     output = model(ids_T, layout, cache)
     ids_TLK = pack_ids(output.expert_ids, model.config.n_routed_experts)
     pieces = [] if ids_TLK is None else np.split(ids_TLK, layout.offsets[1:-1])
-    experts = [[piece] for piece in pieces] or [[] for _ in prompts]
+    experts = [[piece] for piece in pieces] or [[] for _ in contexts]
     return Prefill(ids_T=ids_T, hidden_TD=output.hidden_TD, layout=layout, cache=cache, experts=experts)
 
 
@@ -123,12 +144,12 @@ class PlainDecoder:
     """One token per step and sample."""
 
     def __init__(
-        self, model: DeepseekV3ForCausalLM, prompts: Sequence[Prompt], params: SamplingParams, room: int
+        self, model: DeepseekV3ForCausalLM, contexts: Sequence[Sequence[int]], params: SamplingParams, room: int
     ) -> None:
         self.model = model
         self.params = params
-        start = prefill(model, prompts, room)
-        self.cache, self.prompt_experts = start.cache, start.experts
+        start = prefill(model, contexts, room)
+        self.cache, self.context_experts = start.cache, start.experts
         self.hidden_BD = start.hidden_TD[torch.tensor(start.layout.offsets[1:]) - 1]
         self.is_ahead = True  # whether hidden_BD has already seen each sample's last token
 
@@ -143,8 +164,7 @@ class PlainDecoder:
                     sample.experts.append(ids_BLK[row : row + 1])
         temperature = self.params.temperature
         logprobs_BV = log_distribution(self.model.lm_head, self.hidden_BD, temperature)
-        draws_B = uniforms(active, 1, temperature).squeeze(1)
-        ids_B = choose(probabilities(logprobs_BV, temperature), draws_B)
+        ids_B = choose(probabilities(logprobs_BV, temperature), next_uniforms(active, 1).squeeze(1))
         logprobs_B = logprobs_BV.gather(1, ids_B[:, None]).squeeze(1)
         for sample, token, logprob in zip(active, ids_B.tolist(), logprobs_B.tolist(), strict=True):
             sample.append(token, logprob, self.params.stop_token_id)
@@ -153,3 +173,8 @@ class PlainDecoder:
     def select(self, rows: Tensor) -> None:
         self.hidden_BD = self.hidden_BD[rows]
         self.cache.select(rows)
+
+    def join(self, other: "PlainDecoder") -> None:
+        assert not self.is_ahead and not other.is_ahead, "a decoder's hidden states are of one kind"
+        self.hidden_BD = torch.cat([self.hidden_BD, other.hidden_BD])
+        self.cache.join(other.cache)

@@ -5,16 +5,20 @@ An engine holds the weights of one policy version and continues prompts. `native
 temperature.
 
     engine = build_engine(EngineConfig(kind="native"), "checkpoint_dir")
+    groups = engine.generate(prompts, params)
 """
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 
-from rollout.sample import CompletionGroup, Prompt, SamplingParams
+from rollout.sample import CompletionGroup, FinishReason, Prompt, SamplingParams
+from rollout.stream import Inbox, Request, Sampled, assemble, outcome, requests_of
 
 WeightStream = Iterable[tuple[str, torch.Tensor]]
 """(checkpoint name, tensor) pairs, each name once."""
@@ -44,6 +48,16 @@ class EngineConfig:
     """
     num_threads: int = 1
     """CPU threads of each Ray actor."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """Whether each engine shares its GPU with a rank of the learner or has GPUs of its own; the same without GPUs."""
+    tensor_parallel_size: int = 1
+    """GPUs of one host that hold one copy of the model together. Engine `vllm`, placement `separate`."""
+    request_timeout_s: float = 3600.0
+    """Longest time from handing a request to an engine until its completion is there; the engine is replaced then."""
+    stall_timeout_s: float = 600.0
+    """Longest time that an engine with work may spend without finishing a decoding step; it is replaced then."""
+    max_restarts: int = 3
+    """Engines replaced in a row, no completion in between, before the run is given up."""
     kv_cache_gib: int = 1
     """Memory of vLLM's key-value cache on CPU."""
 
@@ -52,6 +66,21 @@ class EngineConfig:
             raise ValueError(f"num_engines must be >= 1, got {self.num_engines}")
         if self.num_speculative_tokens < 0:
             raise ValueError(f"num_speculative_tokens must be >= 0, got {self.num_speculative_tokens}")
+        if self.tensor_parallel_size < 1 or self.max_restarts < 0:
+            raise ValueError(
+                f"need tensor_parallel_size >= 1 and max_restarts >= 0, got {self.tensor_parallel_size} and "
+                f"{self.max_restarts}"
+            )
+        if not (self.request_timeout_s > 0 and self.stall_timeout_s > 0):
+            raise ValueError(
+                f"request_timeout_s and stall_timeout_s must be > 0, got {self.request_timeout_s} and "
+                f"{self.stall_timeout_s}"
+            )
+        if self.tensor_parallel_size > 1 and (self.kind == "native" or self.placement == "colocated"):
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} needs the engine 'vllm' and placement 'separate', "
+                f"got {self.kind!r} and {self.placement!r}"
+            )
         if self.transport == "local" and self.num_engines != 1:
             raise ValueError(f"transport 'local' runs exactly 1 engine, got num_engines={self.num_engines}; use 'ray'")
 
@@ -65,27 +94,86 @@ class EngineConfig:
         return self
 
 
-class Engine(Protocol):
+class Batch(Protocol):
+    """The requests that an engine works on at the moment."""
+
+    @property
+    def room(self) -> int:
+        """How many more requests it takes."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Begins these too. Raises ValueError for a prompt that leaves no room to continue."""
+        ...
+
+    def step(self) -> list[Sampled]:
+        """Grows every request that has a place by a token or more; those that finished, which leave the batch."""
+        ...
+
+    def pause(self) -> list[Sampled]:
+        """Empties the batch; what each request has so far, as finish reason `paused`."""
+        ...
+
+
+class Engine(ABC):
     """One copy of the policy that can sample, score and take new weights."""
 
-    version: int
+    version: int = 0
     """Policy version of the weights it holds."""
+    steps: int = 0
+    """Decoding steps done; stands still while the engine does."""
+
+    @abstractmethod
+    def start_batch(self, params: SamplingParams) -> Batch:
+        """An empty batch, one at a time."""
+
+    def stream(self, inbox: Inbox, params: SamplingParams, collect_s: float = 0.0) -> Iterator[list[Sampled]]:
+        """Completions as they finish, those of one decoding step together, until the inbox is closed and empty.
+
+        Those of all steps in `collect_s` seconds come together, and the last at once. Requests begin as others finish.
+        When the inbox is paused, all that is left comes as finish reason `paused`.
+        """
+        batch = self.start_batch(params)
+        finished: list[Sampled] = []
+        given = time.monotonic()
+        try:
+            while not inbox.is_paused:
+                if requests := inbox.take(batch.room, wait=len(batch) == 0):
+                    batch.admit(requests)
+                if len(batch) == 0:
+                    break
+                finished += batch.step()
+                self.steps += 1
+                if finished and (len(batch) == 0 or time.monotonic() - given >= collect_s):
+                    yield finished
+                    finished, given = [], time.monotonic()
+            left = finished + [outcome(request, [], [], FinishReason.PAUSED, self.version) for request in inbox.drain()]
+            if left := left + batch.pause():
+                yield left
+        finally:
+            batch.pause()
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
         """One group per prompt, in the order given. Raises ValueError for a prompt that leaves no room to continue."""
-        ...
+        inbox = Inbox([request for prompt in prompts for request in requests_of(prompt, params)])
+        inbox.close()
+        finished = (sampled for step in self.stream(inbox, params) for sampled in step)
+        groups = {group.prompt.id: group for group in assemble(prompts, params, finished)}
+        return [groups[prompt.id] for prompt in prompts]
 
+    @abstractmethod
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (temperature 1) of each token given those before it; one fewer than tokens per sequence."""
-        ...
 
+    @abstractmethod
     def load_weights(self, weights: WeightStream, version: int) -> None:
         """Replaces all weights. Raises ValueError naming each missing, unexpected or misshapen tensor."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Frees what the engine holds; it cannot be used afterwards."""
-        ...
 
 
 def build_engine(config: EngineConfig, model: str) -> Engine:
@@ -99,11 +187,11 @@ def build_engine(config: EngineConfig, model: str) -> Engine:
     return VLLMEngine(config, model)
 
 
-def check_prompt_lengths(prompts: Sequence[Prompt], max_model_len: int) -> None:
+def check_prompt_lengths(requests: Sequence[Request], max_model_len: int) -> None:
     """Raises ValueError naming the first prompt that leaves no room for a token."""
-    for prompt in prompts:
-        if len(prompt.token_ids) >= max_model_len:
+    for request in requests:
+        if len(request.prompt_token_ids) >= max_model_len:
             raise ValueError(
-                f"prompt {prompt.id} has {len(prompt.token_ids)} tokens, which leaves no room within "
+                f"prompt {request.prompt_id} has {len(request.prompt_token_ids)} tokens, which leaves no room within "
                 f"max_model_len={max_model_len}; raise it or drop the prompt"
             )

@@ -7,24 +7,23 @@ With `num_speculative_tokens` the model's prediction modules draft tokens (specu
 fewer passes, though not the same completions for the same seeds.
 """
 
-import random
 from collections.abc import Sequence
 
 import torch
 
 from models import SequenceLayout, load_hf_tensors, load_pretrained
 from rollout.decoding import Decoder, PlainDecoder, Running
-from rollout.engine import EngineConfig, WeightStream, check_prompt_lengths
-from rollout.sample import Completion, CompletionGroup, Prompt, SamplingParams
+from rollout.engine import Engine, EngineConfig, WeightStream, check_prompt_lengths
+from rollout.sample import FinishReason, SamplingParams
 from rollout.speculative import DraftCount, SpeculativeDecoder
+from rollout.stream import Request, Sampled, outcome
 
 
-class NativeEngine:
+class NativeEngine(Engine):
     """Implements `rollout.engine.Engine` in this process."""
 
     def __init__(self, config: EngineConfig, model: str) -> None:
         self.config = config
-        self.version = 0
         self.model = load_pretrained(model, dtype=getattr(torch, config.dtype))
         self.max_model_len = min(config.max_model_len, self.model.config.max_position_embeddings)
         self._drafts = DraftCount()
@@ -40,59 +39,14 @@ class NativeEngine:
         """Share of speculative tokens that were accepted since the last change of weights; 0 without any."""
         return self._drafts.acceptance
 
-    @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
-        check_prompt_lengths(prompts, self.max_model_len)
-        per_batch = max(1, self.config.max_num_seqs // params.num_completions)
-        groups: list[CompletionGroup] = []
-        for start in range(0, len(prompts), per_batch):
-            groups += self._generate_batch(prompts[start : start + per_batch], params)
-        return groups
+    def start_batch(self, params: SamplingParams) -> "NativeBatch":
+        return NativeBatch(self, params)
 
-    def _generate_batch(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
-        samples = [self._start(i, prompt, index, params)
-                   for i, prompt in enumerate(prompts) for index in range(params.num_completions)]  # fmt: skip
-        decoder = self._prefill(prompts, params)
-        decoder.select(torch.tensor([sample.prompt for sample in samples]))
-        for sample in samples:
-            sample.experts += decoder.prompt_experts[sample.prompt]
-        active = samples
-        while active:
-            decoder.step(active)
-            kept = [row for row, sample in enumerate(active) if sample.finish_reason is None]
-            if len(kept) < len(active):
-                decoder.select(torch.tensor(kept, dtype=torch.long))
-                active = [active[row] for row in kept]
-        return self._collect(prompts, samples)
-
-    def _start(self, prompt_index: int, prompt: Prompt, index: int, params: SamplingParams) -> Running:
-        seed = params.seed_of(prompt.id, index)
-        budget = min(params.max_tokens, self.max_model_len - len(prompt.token_ids))
-        return Running(prompt=prompt_index, seed=seed, budget=budget, draws=random.Random(seed))
-
-    def _prefill(self, prompts: Sequence[Prompt], params: SamplingParams) -> Decoder:
-        """Runs each prompt once, whatever the number of completions."""
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        room = min(longest + params.max_tokens, self.max_model_len)
+    def prefill(self, contexts: Sequence[Sequence[int]], params: SamplingParams, room: int) -> Decoder:
+        """A decoder that has seen each context, with room for that many tokens in each row."""
         if num_drafts := self.config.num_speculative_tokens:
-            return SpeculativeDecoder(self.model, prompts, params, room, num_drafts, self._drafts)
-        return PlainDecoder(self.model, prompts, params, room)
-
-    def _collect(self, prompts: Sequence[Prompt], samples: list[Running]) -> list[CompletionGroup]:
-        completions: list[list[Completion]] = [[] for _ in prompts]
-        for sample in samples:
-            assert sample.finish_reason is not None
-            completions[sample.prompt].append(
-                Completion(
-                    token_ids=sample.token_ids,
-                    logprobs=sample.logprobs,
-                    finish_reason=sample.finish_reason,
-                    policy_version=self.version,
-                    seed=sample.seed,
-                    expert_ids=sample.expert_ids() if self.config.record_experts else None,
-                )
-            )
-        return [CompletionGroup(prompt=p, completions=c) for p, c in zip(prompts, completions, strict=True)]
+            return SpeculativeDecoder(self.model, contexts, params, room, num_drafts, self._drafts)
+        return PlainDecoder(self.model, contexts, params, room)
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -110,3 +64,73 @@ class NativeEngine:
 
     def close(self) -> None:
         del self.model
+
+
+class NativeBatch:
+    """Implements `rollout.engine.Batch`. What is admitted takes its first step alone and then joins the others."""
+
+    def __init__(self, engine: NativeEngine, params: SamplingParams) -> None:
+        self._engine, self._params = engine, params
+        self._active: list[Running] = []
+        self._decoder: Decoder | None = None
+        """Rows of `_active`; none where that is empty."""
+        self._finished: list[Sampled] = []
+
+    @property
+    def room(self) -> int:
+        return self._engine.config.max_num_seqs - len(self._active)
+
+    def __len__(self) -> int:
+        return len(self._active) + len(self._finished)
+
+    @torch.inference_mode()
+    def admit(self, requests: Sequence[Request]) -> None:
+        check_prompt_lengths(requests, self._engine.max_model_len)
+        started = [self._start(request) for request in requests]
+        # Each distinct context runs once, whatever the number of its completions.
+        contexts = [(*r.prompt_token_ids, *r.sampled_token_ids) for r in requests]
+        rows = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
+        room = max(len(s.request.prompt_token_ids) + s.budget for s in started)
+        decoder = self._engine.prefill(list(rows), self._params, room)
+        for sample, context in zip(started, contexts, strict=True):
+            sample.experts += decoder.context_experts[rows[context]]
+        decoder.select(torch.tensor([rows[context] for context in contexts]))
+        if started := self._step(decoder, started):
+            if self._decoder is None:
+                self._decoder = decoder
+            else:
+                self._decoder.join(decoder)
+            self._active += started
+
+    def _start(self, request: Request) -> Running:
+        budget = min(self._params.max_tokens, self._engine.max_model_len - len(request.prompt_token_ids))
+        return Running(request=request, budget=budget, token_ids=list(request.sampled_token_ids), logprobs=[])
+
+    @torch.inference_mode()
+    def step(self) -> list[Sampled]:
+        if self._decoder is not None:
+            self._active = self._step(self._decoder, self._active)
+            if not self._active:
+                self._decoder = None
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _step(self, decoder: Decoder, active: list[Running]) -> list[Running]:
+        """Those still going on after one step; the decoder keeps their rows."""
+        decoder.step(active)
+        kept = [row for row, sample in enumerate(active) if sample.finish_reason is None]
+        if len(kept) < len(active):
+            decoder.select(torch.tensor(kept, dtype=torch.long))
+            self._finished += [self._outcome(sample) for sample in active if sample.finish_reason is not None]
+        return [active[row] for row in kept]
+
+    def pause(self) -> list[Sampled]:
+        left = self._finished + [self._outcome(sample) for sample in self._active]
+        self._active, self._decoder, self._finished = [], None, []
+        return left
+
+    def _outcome(self, sample: Running) -> Sampled:
+        new = sample.token_ids[len(sample.request.sampled_token_ids) :]
+        reason = sample.finish_reason or FinishReason.PAUSED
+        experts = sample.expert_ids() if self._engine.config.record_experts else None
+        return outcome(sample.request, new, sample.logprobs, reason, self._engine.version, experts)

@@ -7,41 +7,66 @@ the same completions for the same seeds, up to float rounding of the engines' ba
     for group in pool.generate(prompts, params): ...
 """
 
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from rollout.engine import EngineConfig, WeightStream, build_engine
-from rollout.sample import CompletionGroup, Prompt, SamplingParams
+from rollout.sample import CompletionGroup, SamplingParams
+from rollout.stream import Inbox, Request, Sampled, Work, assemble, requests_of
 
 
-class EnginePool(Protocol):
+class EnginePool(ABC):
     """What the trainer needs of its engines, wherever they run."""
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
-        """Groups as they become complete, in no promised order."""
-        ...
+    def generate(
+        self, work: Sequence[Work], params: SamplingParams, *, stop: threading.Event | None = None
+    ) -> Iterator[CompletionGroup]:
+        """Groups as they become complete, in no promised order.
 
+        Once `stop` is set, by any thread, what is unfinished comes as it is, its completions with finish reason
+        `paused`. Such a group given as `work` later is continued, with the same seeds and what is left of its
+        `max_tokens`, under the weights that the engines hold then.
+        """
+        yield from assemble(work, params, self.stream([requests_of(one, params) for one in work], params, stop))
+
+    @abstractmethod
+    def stream(
+        self, groups: Sequence[Sequence[Request]], params: SamplingParams, stop: threading.Event | None
+    ) -> Iterator[Sampled]:
+        """Single completions as they finish, one for every request; requests of a group go to the same engine."""
+
+    @abstractmethod
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
         """Each engine's `Engine.score` of the same sequences."""
-        ...
 
+    @abstractmethod
     def load_weights(self, weights: WeightStream, version: int) -> None:
         """Gives every engine these weights; returns when all hold them."""
-        ...
 
+    @property
+    def counters(self) -> dict[str, float]:
+        """What went wrong so far, by metric name."""
+        return {}
+
+    @abstractmethod
     def close(self) -> None:
-        """Stops the engines and the processes they run in."""
-        ...
+        """Stops the engines and the processes they run in; also in the middle of `generate`."""
 
 
-class LocalPool:
+class LocalPool(EnginePool):
     """One engine in this process."""
 
     def __init__(self, config: EngineConfig, model: str) -> None:
         self._engine = build_engine(config, model)
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
-        yield from self._engine.generate(prompts, params)
+    def stream(
+        self, groups: Sequence[Sequence[Request]], params: SamplingParams, stop: threading.Event | None
+    ) -> Iterator[Sampled]:
+        inbox = Inbox([request for group in groups for request in group], stop)
+        inbox.close()
+        for finished in self._engine.stream(inbox, params):
+            yield from finished
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
         return [self._engine.score(sequences)]

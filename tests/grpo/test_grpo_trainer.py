@@ -323,7 +323,7 @@ def test_groups_file_has_the_batch(policy: Path, tmp_path: Path) -> None:
 def test_batch_metrics_by_hand() -> None:
     groups = [make_group("p", [2, 4]), make_group("q", [6, 8])]
     groups[1].completions[0] = type(groups[1].completions[0])(
-        token_ids=[1] * 6, logprobs=[-0.1] * 6, finish_reason=FinishReason.LENGTH, policy_version=0, seed=0
+        token_ids=[1] * 6, logprobs=[-0.1] * 6, finish_reason=FinishReason.LENGTH, version_spans=((0, 6),), seed=0
     )
     scores = [
         [Score(value=1.0, metrics={"a": 0.5}), Score(value=None)],

@@ -127,7 +127,7 @@ def test_new_weights_are_strict_and_versioned(checkpoint: Path) -> None:
     engine.load_weights(hf_tensors(other), version=7)
     assert engine.score(sequences) != before
     params = SamplingParams(max_tokens=2, stop_token_id=STOP)
-    assert engine.generate(make_prompts(1), params)[0].completions[0].policy_version == 7
+    assert engine.generate(make_prompts(1), params)[0].completions[0].version_spans == ((7, 2),)
     lost = "model.layers.1.mlp.experts.3.up_proj.weight"
     with pytest.raises(ValueError, match=f"missing {lost}"):
         engine.load_weights(((n, t) for n, t in hf_tensors(other) if n != lost), version=8)

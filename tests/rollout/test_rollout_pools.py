@@ -1,20 +1,25 @@
 """Pools, prompt source, probe: the parts of rollout that need no vLLM.
 
-Pinned: (1) two native engines in Ray actors give what one in this process gives, in any order; (2) weights reach every
-Ray engine; (3) a NaN and a single wrong engine fail the probe; (4) prompt batches are stateless, each epoch a
-permutation.
+Pinned: (1) two native engines in Ray actors give what one in this process gives, in any order, also when stopped and
+continued; each holds little more than it can run; (2) weights reach every Ray engine; 500 steps leave memory flat;
+(3) a NaN and a single wrong engine fail the probe; (4) prompt batches are stateless, each epoch a permutation.
 """
 
+import os
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 
 from models import hf_tensors, save_pretrained
 from rollout.engine import EngineConfig
-from rollout.pool import LocalPool, build_pool
+from rollout.pool import EnginePool, LocalPool, build_pool
 from rollout.prompts import PromptSource
-from rollout.sample import SamplingParams
+from rollout.ray_pool import RayPool
+from rollout.sample import Prompt, SamplingParams
 from rollout.weight_sync import SyncError, probe_sequences, push_weights
 from tests.models.test_models_parity import CORNERS, sharp_model
 from tests.rollout.test_rollout_native_engine import make_prompts
@@ -26,8 +31,8 @@ PARAMS = SamplingParams(num_completions=3, max_tokens=8, stop_token_id=3, seed=6
 def test_ray_pool_equals_local_pool(tmp_path: Path) -> None:
     model, other = sharp_model(CORNERS["groups"]), sharp_model(CORNERS["groups"], seed=8)
     save_pretrained(model, tmp_path / "model")
-    prompts = make_prompts(5)
-    engine = EngineConfig(kind="native", transport="ray", num_engines=2, max_model_len=64)
+    prompts = make_prompts(20)
+    engine = EngineConfig(kind="native", transport="ray", num_engines=2, max_model_len=64, max_num_seqs=8)
     local = LocalPool(EngineConfig(kind="native", transport="local", max_model_len=64), str(tmp_path / "model"))
     remote = build_pool(engine, str(tmp_path / "model"))
     try:
@@ -38,13 +43,58 @@ def test_ray_pool_equals_local_pool(tmp_path: Path) -> None:
             expected = {g.prompt.id: [c.token_ids for c in g.completions] for g in local.generate(prompts, PARAMS)}
             groups = list(remote.generate(prompts, PARAMS))
             assert expected == {g.prompt.id: [c.token_ids for c in g.completions] for g in groups}
-            assert {c.policy_version for g in groups for c in g.completions} == {version}
+            assert expected == paused_and_continued(remote, prompts)
+            assert {c.oldest_version for g in groups for c in g.completions} == {version}
             sequences = [prompt.token_ids for prompt in prompts]
             first, second = remote.score(sequences)
             assert first == second
             assert push_weights(local, hf_tensors(weights or model), version, sequences, first, 1e-5) < 1e-5
     finally:
         remote.close()
+
+
+def paused_and_continued(pool: EnginePool, prompts: list[Prompt]) -> dict[str, list[list[int]]]:
+    """A run stopped when its first group is there, then continued; engines hold 8 requests or a group more, at most."""
+    stop, paused = threading.Event(), []
+    for group in pool.generate(prompts, PARAMS, stop=stop):
+        stop.set()
+        paused.append(group)
+        assert isinstance(pool, RayPool)
+        assert all(len(engine.waiting) < 8 + PARAMS.num_completions for engine in pool.engines)
+    assert sorted(group.prompt.id for group in paused) == sorted(prompt.id for prompt in prompts)
+    assert not all(group.is_complete for group in paused)
+    return {g.prompt.id: [c.token_ids for c in g.completions] for g in pool.generate(paused, PARAMS)}
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_500_steps(tmp_path: Path) -> None:
+    model = sharp_model(CORNERS["groups"])
+    save_pretrained(model, tmp_path / "model")
+    weights = dict(hf_tensors(model))
+    prompts, params = make_prompts(2), replace(PARAMS, num_completions=2, max_tokens=2)
+    pool = build_pool(EngineConfig(kind="native", num_engines=2, max_model_len=64), str(tmp_path / "model"))
+    assert isinstance(pool, RayPool)
+
+    def memory() -> dict[str, float]:
+        """MiB that the driver and each engine have for themselves, and of Ray's object store."""
+        pids = {"driver": os.getpid()} | {f"engine {e.index}": e.address.pid for e in pool.engines}
+        status = {name: Path(f"/proc/{pid}/status").read_text() for name, pid in pids.items()}
+        own = {name: int(text.split("RssAnon:")[1].split()[0]) / 2**10 for name, text in status.items()}
+        total, free = ray.cluster_resources(), ray.available_resources()
+        return own | {"objects": (total["object_store_memory"] - free["object_store_memory"]) / 2**20}
+
+    try:
+        for step in range(500):
+            pool.load_weights(weights.items(), step)
+            assert len(list(pool.generate(prompts, params))) == 2
+            if step == 50:
+                early = memory()
+        late = memory()
+    finally:
+        pool.close()
+    per_step = sum(tensor.nbytes for tensor in weights.values()) / 2**20
+    assert late["objects"] < 10 * per_step, f"450 steps left {late} MiB, {early} before"
+    assert all(late[name] < early[name] + 10 for name in early), f"450 steps left {late} MiB, {early} before"
 
 
 class FixedScores(LocalPool):
@@ -113,5 +163,13 @@ def test_seeds_of_completions_are_their_own() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="transport 'local' runs exactly 1 engine, got num_engines=2; use 'ray'"):
         EngineConfig(transport="local", num_engines=2)
+    with pytest.raises(
+        ValueError, match="tensor_parallel_size=2 needs the engine 'vllm' and placement 'separate', got"
+    ):
+        EngineConfig(kind="vllm", tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"stall_timeout_s must be > 0, got 3600\.0 and 0"):
+        EngineConfig(stall_timeout_s=0)
+    with pytest.raises(ValueError, match="max_restarts >= 0, got 1 and -1"):
+        EngineConfig(max_restarts=-1)
     with pytest.raises(ValueError, match="temperature must be >= 0, got -1"):
         SamplingParams(max_tokens=1, temperature=-1, stop_token_id=0)

@@ -4,10 +4,12 @@ does.
 Pinned: (1) sampled log-probabilities equal transformers' within 1e-4 at temperature 1 and 0.7; (2) greedy tokens equal;
 (3) after updates A -> B -> A the engine scores as the model it was given, within 1e-4; (4) a tensor that is missing,
 unexpected or misshapen is an error that names it; (5) wrong values in one expert are caught by the probe; (6) seeds fix
-the samples; (7) recorded experts are the model's own.
+the samples, as in the native engine, also when they are paused and continued, prompts run in pieces or with others;
+(7) recorded experts are the model's own.
 """
 
 import importlib.util
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +101,25 @@ def score_at_temperature(
     return scores
 
 
+def test_seeds_fix_the_samples(session: tuple[EnginePool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
+    pool, model = session
+    save_pretrained(model, tmp_path / "model")
+    native = build_engine(EngineConfig(kind="native", transport="local"), str(tmp_path / "model"))
+    params = SamplingParams(num_completions=3, max_tokens=40, stop_token_id=96, seed=2)
+    expected = tokens(native.generate(make_prompts(6), params))
+    assert tokens(generate(pool, params)) == expected
+    stop, paused = threading.Event(), []
+    stop.set()  # before the first step, or in one of the first, whenever the engine hears of it
+    for _ in range(2):
+        paused = list(pool.generate(paused or make_prompts(6), params, stop=stop))
+    assert not all(group.is_complete for group in paused)
+    assert tokens(list(pool.generate(paused, params))) == expected
+
+
+def tokens(groups: list[CompletionGroup]) -> dict[str, list[list[int]]]:
+    return {group.prompt.id: [completion.token_ids for completion in group.completions] for group in groups}
+
+
 def test_weight_updates_a_b_a(session: tuple[EnginePool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
     pool, model_a = session
     model_b = sharp_model(model_a.config, seed=11)
@@ -109,7 +130,7 @@ def test_weight_updates_a_b_a(session: tuple[EnginePool, DeepseekV3ForCausalLM],
         assert push_weights(pool, hf_tensors(model), version, probe, scores[name], LIMIT) < LIMIT
         params = SamplingParams(num_completions=2, max_tokens=8, stop_token_id=3, seed=version)
         groups = generate(pool, params)
-        assert {c.policy_version for g in groups for c in g.completions} == {version}
+        assert {c.oldest_version for g in groups for c in g.completions} == {version}
         recorded = [completion.logprobs for group in groups for completion in group.completions]
         assert largest_difference(score_at_temperature(model, groups, 1.0), recorded) < LIMIT, "decoding is stale"
 

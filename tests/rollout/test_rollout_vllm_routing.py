@@ -89,7 +89,7 @@ def share_of_other_experts(model: Any, groups: list[CompletionGroup]) -> float:
 
 def check_recording(engine: VLLMEngine, folder: str) -> None:
     model = load_pretrained(folder)
-    recorder = engine._recorder
+    recorder = engine.recorder
     assert recorder is not None
     rows_run = 0
     hand_out = recorder._hand_out
