@@ -36,7 +36,7 @@ class Manifest:
 
 
 @torch.no_grad()
-def fingerprints(tensors: Sequence[Tensor]) -> list[Fingerprint]:
+def fingerprints(tensors: Iterable[Tensor]) -> list[Fingerprint]:
     """Three sums modulo 2^64 over each tensor's raw bits, read as integers in a table: plain, by row, by column.
 
     Equal tensors have equal fingerprints on any device: integer sums do not depend on their order. A change of one or
@@ -45,15 +45,17 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[Fingerprint]:
     that changed places are seen unless their sums are equal. Beyond that it is a hash, and no defense against malice.
     The tensors are on one device, which is waited for once.
     """
-    return [(a, b, c) for a, b, c in torch.stack([_sums(tensor) for tensor in tensors]).tolist()] if tensors else []
+    sums = [_sums(tensor) for tensor in tensors]
+    return [(a, b, c) for a, b, c in torch.stack(sums).tolist()] if sums else []
 
 
 def _sums(tensor: Tensor) -> Tensor:
     """[3] int64. The sums widen as they read: no copy of the tensor in wider integers exists at any time."""
     flat = tensor.detach().contiguous().view(-1)
-    aligned = flat.nbytes % 4 == 0 and flat.storage_offset() * flat.itemsize % 4 == 0
+    if flat.storage_offset() * flat.itemsize % 4:
+        flat = flat.clone()  # begins inside a word
     narrow = {1: torch.uint8, 2: torch.int16}.get(flat.itemsize, torch.int32)
-    words = flat.view(torch.int32 if aligned else narrow)
+    words = flat.view(narrow if flat.nbytes % 4 else torch.int32)
     rows = len(tensor) if tensor.dim() > 1 and words.numel() % len(tensor) == 0 else 1
     table_RC = words.view(rows, -1)
     rows_R, columns_C = table_RC.sum(1, dtype=torch.int64), table_RC.sum(0, dtype=torch.int64)
@@ -83,8 +85,8 @@ def differences(wanted: Mapping[str, TensorRecord], found: Mapping[str, TensorRe
     """A sentence for each tensor that is missing, unexpected or different."""
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in wanted]
-    for name in wanted.keys() & found.keys():
-        want, got = wanted[name], found[name]
+    for name, want in wanted.items():
+        got = found.get(name, want)
         if (want.shape, want.dtype) != (got.shape, got.dtype):
             problems.append(f"{name} is {got.dtype} {list(got.shape)}, sent was {want.dtype} {list(want.shape)}")
         elif want.fingerprint != got.fingerprint:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from rollout.engine import Engine
 from rollout.sample import Prompt, SamplingParams
 
-NO_TOKEN = -1
-
 
 @dataclass(frozen=True, slots=True)
 class ProbeAnswer:
@@ -20,15 +18,15 @@ class ProbeAnswer:
     scores: list[list[float]]
     """Log-probability of each token of each sequence but its first."""
     decoded: list[list[int]]
-    """Each sequence with the tokens sampled after it."""
+    """The first half of each sequence with the tokens sampled after it."""
     decoded_logprobs: list[list[float]]
     """Log-probabilities of the sampled tokens, as recorded while decoding."""
 
 
 def probe_engine(engine: Engine, sequences: Sequence[Sequence[int]], num_tokens: int = 3) -> ProbeAnswer:
-    """Scores the sequences and samples `num_tokens` after each, at temperature 1; the first is still prefill's."""
-    params = SamplingParams(max_tokens=num_tokens, stop_token_id=NO_TOKEN)
-    prompts = [Prompt(id=f"probe {i}", text="", token_ids=list(s)) for i, s in enumerate(sequences)]
+    """Scores the sequences, and samples `num_tokens` after half of each, of which the first is still prefill's."""
+    params = SamplingParams(max_tokens=num_tokens, stop_token_id=sequences[0][0])  # some token of the vocabulary
+    prompts = [Prompt(id=f"probe {i}", text="", token_ids=list(s[: -(-len(s) // 2)])) for i, s in enumerate(sequences)]
     completions = [group.completions[0] for group in engine.generate(prompts, params)]
     return ProbeAnswer(
         scores=engine.score(sequences),

@@ -139,7 +139,7 @@ class VLLMEngine(WeightReceiver):
         self._llm.reset_prefix_cache()
 
     def _held(self) -> Iterable[Held]:
-        return [(name, place, read()) for name, place, read in self._places]
+        return ((name, place, read()) for name, place, read in self._places)
 
     def sleep(self, _: None = None) -> None:
         """Gives the shared GPU's memory to the learner: the key-value cache, and the weights, which a sync replaces.

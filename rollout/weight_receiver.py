@@ -3,7 +3,7 @@
 Both engines are receivers; they add how tensors are loaded and which can be read back.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -94,10 +94,16 @@ class WeightReceiver:
         self.version = manifest.version
 
     def _check_held(self, manifest: Manifest) -> None:
-        held = list(self._held())
+        held: list[tuple[str, str, torch.dtype]] = []
+
+        def tensors() -> Iterator[Tensor]:
+            for name, place, tensor in self._held():
+                held.append((name, place, tensor.dtype))
+                yield tensor
+
         problems = []
-        for (name, place, tensor), found in zip(held, fingerprints([tensor for *_, tensor in held]), strict=True):
-            wanted = self._to_hold.get((name, tensor.dtype), manifest.tensors[name])
+        for found, (name, place, dtype) in zip(fingerprints(tensors()), held, strict=True):
+            wanted = self._to_hold.get((name, dtype), manifest.tensors[name])
             if found != wanted.fingerprint:
                 problems.append(f"{name} in {place}")
         refuse(problems, f"after the sync of version {manifest.version} the engine holds other values than were sent")
@@ -128,5 +134,5 @@ class WeightReceiver:
         """All tensors have been loaded."""
 
     def _held(self) -> Iterable[Held]:
-        """What can be read back."""
+        """What can be read back, one at a time."""
         raise NotImplementedError
