@@ -5,29 +5,62 @@
     python bench/weight_sync.py --preset 16b-a3b --device cuda --dtype bfloat16 --engine vllm
 
 The learner's model is in this process, the engine in a second one on the same device, without Ray. A round is a whole
-sync as in training: manifest, staging buffer, checks on arrival, loading, reading back what can be read back. Three
-figures are beside it: the same sync without fingerprints is not offered, so the shares of the steps are printed, as the
-sender sees them; the device's own copy rate (bytes copied per second, each read and written once) says what is left.
+sync as in training, after every parameter has changed: manifest, staging buffer, checks on arrival, loading, reading
+back. Beside the whole stands what the sender waited for, by call, and the rate at which the device copies within its
+own memory.
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from models import DeepseekV3ForCausalLM, find_config, load_pretrained, save_pretrained
 from models.counts import count_parameters
 from rollout.engine import EngineConfig, build_engine
 from rollout.native_engine import ModelReceiver
-from rollout.weight_source import Link, WeightSource, deliver
-from rollout.weight_transport import ByValue, CudaIpc
+from rollout.weight_source import Chunk, Link, Post, WeightSource, deliver
+from rollout.weight_transport import CudaIpc, Layout, Mailbox
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMessage:
+    """A staging buffer in shared memory, which torch's pickling hands over as a file descriptor."""
+
+    version: int
+    names: list[str]
+    layout: Layout
+    buffer: Tensor
+
+    def open(self, mailbox: Mailbox) -> list[Tensor]:
+        return self.layout.views(self.buffer[: self.layout.num_bytes].clone())
+
+
+class SharedMemory:
+    """CudaIpc's way on a CPU; Ray's pools send by value, through Ray's own shared memory."""
+
+    chunk_bytes = 64 * 2**20
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def send(self, chunk: Chunk, post: Post) -> None:
+        layout = Layout.of(chunk.tensors)
+        if len(self._buffer) < layout.num_bytes:
+            self._buffer = torch.empty(max(layout.num_bytes, self.chunk_bytes), dtype=torch.uint8).share_memory_()
+        layout.pack(chunk.tensors, self._buffer)
+        post("receive_weights", SharedMessage(chunk.version, chunk.names, layout, self._buffer))()
+
+    def close(self) -> None:
+        pass
 
 
 def serve(pipe: Connection, kind: str, folder: str, device: str, dtype: str) -> None:
@@ -91,13 +124,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", help="a preset or a folder with a config.json")
     parser.add_argument("--layers", type=int, default=0, help="cut to this many layers, 0 for all")
+    parser.add_argument("--vocabulary", type=int, default=0, help="0 for 102,400 on a GPU and 512 on a CPU")
     parser.add_argument("--engine", choices=["native", "vllm"], default="native")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    options.vocabulary = options.vocabulary or (512 if options.device == "cpu" else 102_400)
     torch.set_num_threads(1)
-    config = find_config(options.preset).with_vocabulary(102_400 if options.device != "cpu" else 512, None, 1, 0)
+    config = find_config(options.preset).with_vocabulary(options.vocabulary, bos=None, eos=1, pad=0)
     config = replace(config, num_nextn_predict_layers=0, num_hidden_layers=options.layers or config.num_hidden_layers)
     with torch.device(options.device):
         torch.set_default_dtype(getattr(torch, options.dtype))
@@ -118,7 +153,7 @@ def measure(model: DeepseekV3ForCausalLM, folder: str, options: argparse.Namespa
     process.start()
     theirs.close()  # so that a dead engine ends this process, too, instead of leaving it waiting
     ours.recv()
-    link: Link = ByValue() if options.device == "cpu" else CudaIpc()
+    link: Link = SharedMemory() if options.device == "cpu" else CudaIpc()
     num_bytes = sum(tensor.nbytes for _, tensor in WeightSource(model))
     print(f"{options.preset}, {parameters:,} parameters, {num_bytes / 1e9:.3f} GB, engine {options.engine}")
     print(f"{'sync':8}{'seconds':>10}{'GB/s':>10}   of which the sender waited for")

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import rollout.manifest
 from rollout.manifest import SyncError, differences, fingerprints, records, refuse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64]
@@ -67,6 +68,14 @@ def test_views_count_as_what_they_show() -> None:
     assert not seen(stacked.transpose(0, 1), stacked.transpose(0, 1).contiguous())
     shifted = torch.cat([torch.zeros(1, dtype=torch.bfloat16), stacked[0].flatten()])[1:].view(6, 10)
     assert fingerprints([shifted]) == fingerprints([stacked[0]]), "an odd start in memory changes nothing"
+
+
+def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [random_tensor(shape, torch.float32) for shape in ((50, 7), (7, 50), (400,))] * 100
+    whole = fingerprints(tensors)
+    monkeypatch.setattr(rollout.manifest, "BLOCK_WORDS", 30)
+    assert fingerprints(tensors) == whole == [fingerprints([tensor])[0] for tensor in tensors]
+    assert len(set(whole)) == 3
 
 
 def test_differences_are_told_by_name() -> None:
