@@ -5,11 +5,10 @@ from typing import Any
 
 import ray
 import torch
-import torch.distributed as dist
 
 from rollout.engine import EngineConfig, WeightStream
 from rollout.weight_source import Link, deliver
-from rollout.weight_transport import Broadcast, ByValue, CudaIpc, GroupAddress
+from rollout.weight_transport import Broadcast, ByValue, CudaIpc, GroupAddress, open_store
 
 
 class RayWeights:
@@ -26,7 +25,7 @@ class RayWeights:
         if config.placement == "colocated":
             return CudaIpc()
         size = len(self._actors) + 1
-        store = dist.TCPStore("0.0.0.0", 0, size, is_master=True, wait_for_workers=False)
+        store = open_store(size)
         host = ray.util.get_node_ip_address()
         addresses = [GroupAddress(host, store.port, rank, size, "nccl") for rank in range(size)]
         joining = [

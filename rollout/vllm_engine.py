@@ -171,7 +171,7 @@ def _readable(llm: Any, model: str, shapes: dict[str, list[int]]) -> list[Place]
     readable = []
     for name, tensor in read_tensors(model):
         for place in found.get(name, ()):
-            if (held := place[2]()) is not None and fingerprints([held]) == fingerprints([tensor.to(held)]):
+            if fingerprints([held := place[2]()]) == fingerprints([tensor.to(held)]):
                 readable.append(place)
     return readable
 

@@ -6,12 +6,14 @@ for a kernel, say, in the same shape) is found out at the start, when it must eq
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Place = tuple[str, str, Callable[[], Tensor | None]]
-"""Checkpoint name, the place's name, and how to read it; None where there is nothing of the checkpoint's shape."""
+Place = tuple[str, str, Callable[[], Tensor]]
+"""Checkpoint name, the place's name, and how to read it in the checkpoint's shape."""
 
 # Checkpoint's ending -> vLLM's, and whether it is the first or the last of the rows.
 FUSED = {
@@ -31,44 +33,35 @@ def places(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Iterator[Pl
         re.sub(r"\.(routed_experts\.)?w(13|2)_weight$", "", n): n for n in parameters if n.endswith("w13_weight")
     }
     for name, shape in shapes.items():
+        index = None
         if expert := EXPERT_NAME.fullmatch(name):
             held, rows = EXPERTS[expert[3]]
-            if expert[1] in experts:
-                place = experts[expert[1]].replace("w13_weight", held)
-                yield name, place, _reader(model, place, rows, shape, index=int(expert[2]))
-            continue
-        ending = next((ending for ending in FUSED if name.endswith(ending)), None)
-        place, rows = (
-            (name, "first") if ending is None else (name.removesuffix(ending) + FUSED[ending][0], FUSED[ending][1])
-        )
-        if place in parameters:
-            yield name, place, _reader(model, place, rows, shape)
+            index, place = int(expert[2]), experts.get(expert[1], "").replace("w13_weight", held)
+        else:
+            ending = next((ending for ending in FUSED if name.endswith(ending)), "")
+            held, rows = FUSED.get(ending, ("", "first"))
+            place = name.removesuffix(ending) + held
+        if place in parameters and _fits(parameters[place], index, shape):
+            yield name, place, partial(_read, model, place, index, rows, shape[0])
     for name, module in model.named_modules():
         kv_b = re.sub(r"\.self_attn\..*", ".self_attn.kv_b_proj.weight", name)
         if kv_b in shapes and hasattr(module, "W_UK_T"):
-            yield kv_b, f"{name}.W_UK_T and W_UV", _absorbed_reader(module)
+            yield kv_b, f"{name}.W_UK_T and W_UV", partial(_read_absorbed, module)
 
 
-def _reader(
-    model: nn.Module, place: str, rows: str, shape: Sequence[int], index: int | None = None
-) -> Callable[[], Tensor | None]:
-    def read() -> Tensor | None:
-        tensor = model.get_parameter(place)
-        if index is not None and tensor.dim() == 3 and index < len(tensor):
-            tensor = tensor[index]
-        if tensor.dim() != len(shape) or tensor.shape[1:] != torch.Size(shape[1:]) or len(tensor) < shape[0]:
-            return None
-        return tensor[: shape[0]] if rows == "first" else tensor[len(tensor) - shape[0] :]
-
-    return read
+def _fits(parameter: Tensor, index: int | None, shape: Sequence[int]) -> bool:
+    """Whether it has at least the rows of the shape, each of the same width."""
+    sizes = list(parameter.shape if index is None else parameter.shape[1:])
+    return len(sizes) == len(shape) and sizes[1:] == list(shape[1:]) and sizes[0] >= shape[0]
 
 
-def _absorbed_reader(module: nn.Module) -> Callable[[], Tensor | None]:
+def _read(model: nn.Module, place: str, index: int | None, rows: str, num_rows: int) -> Tensor:
+    parameter = model.get_parameter(place)
+    tensor = parameter if index is None else parameter[index]
+    return tensor[:num_rows] if rows == "first" else tensor[len(tensor) - num_rows :]
+
+
+def _read_absorbed(module: Any) -> Tensor:
     """kv_b_proj [heads * (nope + value), latent], put together again from the copies that decoding uses."""
-
-    def read() -> Tensor | None:
-        # W_UK_T [heads, nope, latent], W_UV [heads, latent, value]
-        up_k_HPL, up_v_HLV = getattr(module, "W_UK_T"), getattr(module, "W_UV")  # noqa: B009
-        return torch.cat([up_k_HPL, up_v_HLV.transpose(1, 2)], dim=1).flatten(0, 1)
-
-    return read
+    # W_UK_T [heads, nope, latent], W_UV [heads, latent, value]
+    return torch.cat([module.W_UK_T, module.W_UV.transpose(1, 2)], dim=1).flatten(0, 1)

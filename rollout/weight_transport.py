@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from rollout.weight_source import Chunk, Post
+
+c10d: Any = torch.distributed  # its stubs leave out what is used here
 
 ALIGNMENT = 256
 """Bytes; tensors start at multiples of it in a staging buffer, as the CUDA allocator places them."""
@@ -173,6 +174,11 @@ def gpu_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
+def open_store(size: int) -> Any:
+    """Where the members of a broadcast group, this process among them, find each other; its `port` is its address."""
+    return c10d.TCPStore("0.0.0.0", 0, size, is_master=True, wait_for_workers=False)
+
+
 @dataclass(frozen=True, slots=True)
 class GroupAddress:
     """Where sender (rank 0) and engines meet for broadcasts."""
@@ -184,15 +190,15 @@ class GroupAddress:
     backend: str
     """`nccl` or `gloo`."""
 
-    def connect(self, store: "dist.TCPStore | None" = None) -> "dist.Backend":
+    def connect(self, store: Any = None) -> Any:
         """Waits for all ranks. A group of its own: the learner's default process group is left alone."""
         timeout = timedelta(minutes=10)
-        store = store or dist.TCPStore(self.host, self.port, self.size, is_master=False, timeout=timeout)
+        store = store or c10d.TCPStore(self.host, self.port, self.size, is_master=False, timeout=timeout)
         if self.backend == "nccl":
-            options = dist.ProcessGroupNCCL.Options()
+            options = c10d.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
-        return dist.ProcessGroupGloo(store, self.rank, self.size, timeout)
+            return c10d.ProcessGroupNCCL(store, self.rank, self.size, options)
+        return c10d.ProcessGroupGloo(store, self.rank, self.size, timeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +222,7 @@ class Broadcast:
 
     chunk_bytes = 2**29
 
-    def __init__(self, group: "dist.Backend") -> None:
+    def __init__(self, group: Any) -> None:
         self._group = group
 
     def send(self, chunk: Chunk, post: Post) -> None:
@@ -231,9 +237,9 @@ class Broadcast:
         pass
 
 
-def broadcast(group: "dist.Backend", buffer: Tensor) -> None:
+def broadcast(group: Any, buffer: Tensor) -> None:
     """Fills every rank's buffer from rank 0's."""
-    options = dist.BroadcastOptions()
+    options = c10d.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
     group.broadcast([buffer], options).wait()
     wait_for(buffer.device)
@@ -245,7 +251,7 @@ class Mailbox:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._mapped: tuple[tuple[Any, ...], Tensor] | None = None
-        self._group: dist.Backend | None = None
+        self._group: Any = None
 
     def map(self, gpu: str, handle: tuple[Any, ...]) -> Tensor:
         """The sender's staging buffer, mapped once per export. Raises ValueError if it is on another GPU."""

@@ -18,6 +18,7 @@ import pytest
 from pipelines.evaluate import EvalResult, evaluate, wilson_interval, write_result
 from rewards import Rubric, Sample, Score, math_answer, reward
 from rollout.engine import WeightStream
+from rollout.pool import LocalPool
 from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=50, stop_token_id=0, temperature=0)
@@ -60,7 +61,7 @@ def decode(batch: Sequence[Sequence[int]]) -> list[str]:
     return ["".join(map(chr, ids)) for ids in batch]
 
 
-class ScriptedPool:
+class ScriptedPool(LocalPool):
     """Answers each prompt as told, in reversed order."""
 
     def __init__(self, answers: dict[str, tuple[str, FinishReason]]) -> None:

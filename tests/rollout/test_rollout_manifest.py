@@ -54,6 +54,14 @@ def test_an_exchange_of_two_elements_is_seen(data: st.DataObject, shape: tuple[i
     assert seen(swapped.view(shape), flat.view(shape))
 
 
+def test_two_changes_that_cancel_out_by_row_and_column_are_seen() -> None:
+    original = torch.arange(12, dtype=torch.int32).view(3, 4)
+    changed = original.clone()
+    changed[0, 0] -= 2
+    changed[1, 1] += 1
+    assert seen(changed, original)
+
+
 def test_rows_columns_and_halves_that_changed_places_are_seen() -> None:
     original = random_tensor((6, 8), torch.bfloat16)
     assert seen(original[[1, 0, 2, 3, 4, 5]], original)

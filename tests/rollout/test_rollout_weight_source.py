@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 
 import rollout.weight_source
 from models import hf_tensors
@@ -91,5 +91,5 @@ def test_sharded_parameters_are_gathered_one_at_a_time(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(compare_shards, args=(port, str(tmp_path)), nprocs=2)
+    spawn(compare_shards, args=(port, str(tmp_path)), nprocs=2)
     assert {path.name for path in tmp_path.iterdir()} == {"rank0", "rank1"}

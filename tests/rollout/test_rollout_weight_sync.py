@@ -83,6 +83,7 @@ def good() -> WeightStream:
 FAULTS: dict[str, tuple[Callable[[], WeightStream], SmallChunks, str]] = {
     "skipped expert": (lambda: [(n, t) for n, t in good() if n != LOST], SmallChunks(), f"missing {LOST}$"),
     "given twice": (lambda: [*good(), ("lm_head.weight", OTHER.lm_head.weight)], SmallChunks(), "twice lm_head.weight"),
+    "twice at once": (lambda: [p for p in good() for _ in range(1 + (p[0] == LOST))], SmallChunks(), f"twice {LOST}"),
     "unexpected": (lambda: [*good(), ("model.extra", torch.zeros(1))], SmallChunks(), r"unexpected model\.extra"),
     "misshapen": (
         lambda: [(n, t[:-1] if n == LOST else t) for n, t in good()],

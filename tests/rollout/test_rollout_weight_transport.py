@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from models import hf_tensors
 from rollout.manifest import SyncError, records
 from rollout.native_engine import ModelReceiver
 from rollout.weight_source import Chunk, WeightSource, call_here, deliver
-from rollout.weight_transport import Broadcast, ByValue, CudaIpc, GroupAddress, Layout, Mailbox
+from rollout.weight_transport import Broadcast, ByValue, CudaIpc, GroupAddress, Layout, Mailbox, open_store
 from tests.models.test_models_parity import CORNERS, sharp_model
 
 CPU = torch.device("cpu")
@@ -121,7 +120,7 @@ def test_another_gpu_is_refused(table: dict[int, Tensor], monkeypatch: pytest.Mo
 def test_broadcasts_reach_every_engine() -> None:
     """Two engines in threads; the sender starts to broadcast before they have answered, or all would wait forever."""
     receivers = [ModelReceiver(sharp_model(CORNERS["plain"])) for _ in range(2)]
-    store = dist.TCPStore("127.0.0.1", 0, 3, is_master=True, wait_for_workers=False)
+    store = open_store(3)
     addresses = [GroupAddress("127.0.0.1", store.port, rank, 3, "gloo") for rank in range(3)]
     joining = [
         threading.Thread(target=receiver.join_weight_group, args=(address,))
