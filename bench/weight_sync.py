@@ -14,7 +14,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,40 +27,23 @@ from models import DeepseekV3ForCausalLM, find_config, load_pretrained, save_pre
 from models.counts import count_parameters
 from rollout.engine import EngineConfig, build_engine
 from rollout.native_engine import ModelReceiver
-from rollout.weight_source import Chunk, Link, Post, WeightSource, deliver
-from rollout.weight_transport import CudaIpc, Layout, Mailbox
+from rollout.weight_source import WeightSource, deliver
+from rollout.weight_transport import ByValue, CudaIpc, Mailbox
 
 
-@dataclass(frozen=True, slots=True)
-class SharedMessage:
-    """A staging buffer in shared memory, which torch's pickling hands over as a file descriptor."""
+class SharedMemory(ByValue):
+    """The buffer itself is in shared memory, and a pipe hands over its file descriptor."""
 
-    version: int
-    names: list[str]
-    layout: Layout
-    buffer: Tensor
+    def _prepare(self) -> None:
+        self._buffer.share_memory_()
 
-    def open(self, mailbox: Mailbox) -> list[Tensor]:
-        return self.layout.views(self.buffer[: self.layout.num_bytes].clone())
+    def _carried(self, buffer: Tensor) -> Tensor:
+        return buffer
 
 
-class SharedMemory:
-    """CudaIpc's way on a CPU; Ray's pools send by value, through Ray's own shared memory."""
-
-    chunk_bytes = 64 * 2**20
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def send(self, chunk: Chunk, post: Post) -> None:
-        layout = Layout.of(chunk.tensors)
-        if len(self._buffer) < layout.num_bytes:
-            self._buffer = torch.empty(max(layout.num_bytes, self.chunk_bytes), dtype=torch.uint8).share_memory_()
-        layout.pack(chunk.tensors, self._buffer)
-        post("receive_weights", SharedMessage(chunk.version, chunk.names, layout, self._buffer))()
-
-    def close(self) -> None:
-        pass
+class SharedMailbox(Mailbox):
+    def fetch(self, carried: Any, num_bytes: int) -> Tensor:
+        return carried.clone() if isinstance(carried, Tensor) else super().fetch(carried, num_bytes)
 
 
 def serve(pipe: Connection, kind: str, folder: str, device: str, dtype: str) -> None:
@@ -72,6 +55,7 @@ def serve(pipe: Connection, kind: str, folder: str, device: str, dtype: str) -> 
     else:
         config = EngineConfig(kind="vllm", transport="local", dtype=dtype, max_model_len=256)  # type: ignore[arg-type]
         engine = build_engine(config, folder)
+    engine._mailbox = SharedMailbox(engine._mailbox.device)
     pipe.send(None)
     while (call := pipe.recv()) is not None:
         try:
@@ -153,7 +137,7 @@ def measure(model: DeepseekV3ForCausalLM, folder: str, options: argparse.Namespa
     process.start()
     theirs.close()  # so that a dead engine ends this process, too, instead of leaving it waiting
     ours.recv()
-    link: Link = SharedMemory() if options.device == "cpu" else CudaIpc()
+    link = SharedMemory() if options.device == "cpu" else CudaIpc()
     num_bytes = sum(tensor.nbytes for _, tensor in WeightSource(model))
     print(f"{options.preset}, {parameters:,} parameters, {num_bytes / 1e9:.3f} GB, engine {options.engine}")
     print(f"{'sync':8}{'seconds':>10}{'GB/s':>10}   of which the sender waited for")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rollout.engine import WeightStream
 from rollout.manifest import Manifest, SyncError, TensorRecord, differences, fingerprints, records, refuse
-from rollout.weight_source import call_here, deliver
-from rollout.weight_transport import GroupAddress, Mailbox, Message
+from rollout.weight_source import Chunk, call_here, deliver
+from rollout.weight_transport import GroupAddress, Mailbox, Packed
 
 Part = Literal["weights", "kv_cache"]
 Held = tuple[str, str, Tensor]
@@ -52,7 +52,7 @@ class WeightReceiver:
         self._begin_load()
 
     @torch.no_grad()
-    def receive_weights(self, message: Message) -> None:
+    def receive_weights(self, message: Chunk | Packed) -> None:
         """Loads a chunk. Raises SyncError for a tensor of another version, unexpected, misshapen or given twice."""
         tensors = message.open(self._mailbox)  # first of all: in a broadcast the others wait for this engine
         self._check_chunk(message.version, message.names, tensors)
