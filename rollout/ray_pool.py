@@ -10,7 +10,7 @@ import torch
 
 from rollout.engine import EngineConfig, WeightStream, build_engine
 from rollout.probe import ProbeAnswer, probe_engine
-from rollout.ray_weights import RayWeights
+from rollout.ray_weights import RayWeights, post_to
 from rollout.sample import CompletionGroup, Prompt, SamplingParams
 
 
@@ -77,13 +77,13 @@ class RayPool:
         return ray.get([actor.probe.remote(sequences) for actor in self._actors])
 
     def reject_weights(self, reason: str) -> None:
-        self._weights.post("reject_weights", reason)()
+        post_to(self._actors)("reject_weights", reason)()
 
     def sleep(self) -> None:
-        self._weights.post("sleep", None)()
+        post_to(self._actors)("sleep", None)()
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        self._weights.post("wake", part)()
+        post_to(self._actors)("wake", part)()
 
     def close(self) -> None:
         ray.get([actor.close.remote() for actor in self._actors])

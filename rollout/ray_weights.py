@@ -7,41 +7,59 @@ import ray
 import torch
 
 from rollout.engine import EngineConfig, WeightStream
-from rollout.weight_source import Link, deliver
+from rollout.manifest import Manifest
+from rollout.weight_source import Link, Post, deliver
 from rollout.weight_transport import Broadcast, ByValue, CudaIpc, GroupAddress, open_store
 
 
+def post_to(actors: Sequence[Any]) -> Post:
+    """Calls a method of the engine in every actor, each of which has `call(method, argument)` for it."""
+
+    def post(method: str, argument: Any) -> Callable[[], object]:
+        shared = ray.put(argument)  # once, for all engines; freed when the last has read it
+        calls = [actor.call.remote(method, shared) for actor in actors]
+        return lambda: ray.get(calls)
+
+    return post
+
+
 class RayWeights:
-    """The sender of a pool's actors, each of which has `call(method, argument)` for its engine."""
+    """The sender of a pool's actors."""
 
     def __init__(self, actors: Sequence[Any], config: EngineConfig) -> None:
-        """Engines on their own GPUs meet the learner for broadcasts here; replaced actors need a new sender."""
-        self._actors = actors
-        self._link = self._choose_link(config)
-
-    def _choose_link(self, config: EngineConfig) -> Link:
-        if not torch.cuda.is_available() or config.resolved().kind == "native":  # the native engine runs on CPUs
-            return ByValue()
-        if config.placement == "colocated":
-            return CudaIpc()
-        size = len(self._actors) + 1
-        store = open_store(size)
-        host = ray.util.get_node_ip_address()
-        addresses = [GroupAddress(host, store.port, rank, size, "nccl") for rank in range(size)]
-        joining = [
-            actor.call.remote("join_weight_group", address)
-            for actor, address in zip(self._actors, addresses[1:], strict=True)
-        ]
-        group = addresses[0].connect(store)
-        ray.get(joining)
-        return Broadcast(group)
-
-    def post(self, method: str, argument: Any) -> Callable[[], object]:
-        """Starts an engine method on every actor; what it returns waits for all."""
-        shared = ray.put(argument)  # once, for all engines; freed when the last has read it
-        calls = [actor.call.remote(method, shared) for actor in self._actors]
-        return lambda: ray.get(calls)
+        self._actors, self._config = actors, config
+        self._link: Link | None = None
+        self._last: tuple[WeightStream, Manifest] | None = None
 
     def deliver(self, weights: WeightStream, version: int) -> None:
         """One complete sync of every engine; see `rollout.weight_source.deliver`."""
-        deliver(weights, version, self.post, self._link)
+        self._link = self._link or choose_link(self._actors, self._config)
+        self._last = weights, deliver(weights, version, post_to(self._actors), self._link)
+
+    def replace(self, actors: Sequence[Any], new: Any) -> None:
+        """Goes on with these actors, and repeats the last sync for `new` among them, from the learner: nothing is kept.
+
+        Raises SyncError if the learner's weights have changed since, or if they came as a stream that is spent.
+        """
+        self._actors, self._link = actors, None  # a broadcast group cannot change its members
+        if self._last is not None:
+            weights, manifest = self._last
+            deliver(weights, manifest.version, post_to([new]), ByValue(), same_as=manifest)
+
+
+def choose_link(actors: Sequence[Any], config: EngineConfig) -> Link:
+    """The fitting link; engines with GPUs of their own meet the learner here."""
+    if not torch.cuda.is_available() or config.resolved().kind == "native":  # the native engine runs on CPUs
+        return ByValue()
+    if config.placement == "colocated":
+        return CudaIpc()
+    size = len(actors) + 1
+    store = open_store(size)
+    host = ray.util.get_node_ip_address()
+    addresses = [GroupAddress(host, store.port, rank, size, "nccl") for rank in range(size)]
+    joining = [
+        actor.call.remote("join_weight_group", address) for actor, address in zip(actors, addresses[1:], strict=True)
+    ]
+    group = addresses[0].connect(store)
+    ray.get(joining)
+    return Broadcast(group)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from models import CausalLM, hf_tensors
 from rollout.engine import WeightStream
-from rollout.manifest import Manifest, TensorRecord, records
+from rollout.manifest import Manifest, TensorRecord, differences, records, refuse
 
 Post = Callable[[str, Any], Callable[[], object]]
 """Starts a method of every engine, given its name and its one argument; what it returns waits for them all, and raises
@@ -92,8 +92,13 @@ class ByReference:
         pass
 
 
-def deliver(weights: WeightStream, version: int, post: Post, link: Link | None = None) -> None:
-    """One complete sync. Raises SyncError, or what a step raised; engines then refuse to sample until one succeeds."""
+def deliver(
+    weights: WeightStream, version: int, post: Post, link: Link | None = None, same_as: Manifest | None = None
+) -> Manifest:
+    """One complete sync. Raises SyncError, or what a step raised; engines then refuse to sample until one succeeds.
+
+    `same_as` is for repeating a sync: the weights must be those of that manifest still.
+    """
     link = link or ByReference()
     sent: dict[str, TensorRecord] = {}
     post("start_weights", version)()
@@ -101,9 +106,12 @@ def deliver(weights: WeightStream, version: int, post: Post, link: Link | None =
         for chunk in chunks(weights, version, link.chunk_bytes):
             sent |= records(chunk.names, chunk.tensors)
             link.send(chunk, post)
+        if same_as is not None:
+            refuse(differences(same_as.tensors, sent), f"the learner no longer has the weights of version {version}")
         post("finish_weights", Manifest(version, sent))()
     finally:
         link.close()
+    return Manifest(version, sent)
 
 
 def call_here(engine: object) -> Post:

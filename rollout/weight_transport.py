@@ -169,7 +169,9 @@ def export_cuda(buffer: Tensor) -> tuple[str, tuple[Any, ...]]:
 
 def map_cuda(handle: tuple[Any, ...], device: torch.device) -> Tensor:
     """The buffer of another process. The device's number may be another one here than there."""
-    return rebuild_cuda_tensor(*handle[:6], device.index, *handle[7:])
+    arguments = list(handle)
+    arguments[6] = device.index
+    return rebuild_cuda_tensor(*arguments)
 
 
 def gpu_of(device: torch.device) -> str:

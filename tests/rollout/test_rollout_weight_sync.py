@@ -179,6 +179,22 @@ def test_what_the_engine_holds_is_compared(tmp_path: Path, dtype: Any, monkeypat
     assert engine.version == 3 and generate(engine)
 
 
+def test_a_sync_is_repeated_only_with_the_same_weights(engine: NativeEngine) -> None:
+    """For an engine that took the place of a dead one, while the learner may have moved on."""
+    model = sharp_model(CORNERS["v3_like"], seed=4)
+    first = deliver(WeightSource(model), 2, call_here(engine))
+    assert deliver(WeightSource(model), 2, call_here(engine), same_as=first) == first
+    spent = hf_tensors(model)
+    list(spent)
+    with pytest.raises(SyncError, match=r"no longer has the weights of version 2: missing model\.embed_tokens\.weight"):
+        deliver(spent, 2, call_here(engine), same_as=first)
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] *= 1.0001
+    with pytest.raises(SyncError, match=r"no longer has the weights of version 2: lm_head\.weight has other values"):
+        deliver(WeightSource(model), 2, call_here(engine), same_as=first)
+    refuses(engine, "its weights are half replaced")
+
+
 def test_rejected_engines_refuse_until_the_next_sync(engine: NativeEngine) -> None:
     engine.reject_weights("it failed the probe")
     refuses(engine, "it failed the probe; a complete sync makes it usable again")
