@@ -61,7 +61,8 @@ class VLLMEngine(WeightReceiver):
             enable_prefix_caching=False,
             distributed_executor_backend="uni",
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-            enable_sleep_mode=self._shares_gpu,
+            # On a shared GPU the learner's weights and optimizer stay where they are while the engine works.
+            **({"enable_sleep_mode": True, "gpu_memory_utilization": 0.45} if self._shares_gpu else {}),
             disable_log_stats=True,
             hf_overrides=_config_overrides(model),
             attention_backend=_attention_backend(config, model),

@@ -70,8 +70,8 @@ class Packed:
 class ByValue:
     """Ray's object store keeps the buffer once per host, in shared memory, and engines read it in place.
 
-    A segment of shared memory of our own was no faster (2 cores, 1 GiB in chunks of 64 MiB: 0.40 s either way) and
-    would neither reach other hosts nor be cleaned up behind a killed process.
+    A segment of shared memory of our own took 0.4 s for a GiB where this takes 0.6 (docs/log.md), but reaches no
+    other host.
     """
 
     chunk_bytes = 64 * 2**20
@@ -116,7 +116,7 @@ class CudaIpc(ByValue):
     below zero and a buffer is lost per sync (later versions have `PackedBufferImporter` against that).
     """
 
-    chunk_bytes = 2**30
+    chunk_bytes = 2**29
 
     def _device(self, chunk: Chunk) -> torch.device:
         return chunk.tensors[0].device

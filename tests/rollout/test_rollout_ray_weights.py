@@ -43,7 +43,8 @@ def test_every_actor_gets_the_weights_and_so_does_a_new_one(tmp_path: Path, monk
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 2**20)
     try:
-        start = ray.remote(num_cpus=1)(Holder).remote
+        holder: Any = Holder
+        start = ray.remote(num_cpus=1)(holder).remote
         actors = [start(str(tmp_path / "model")) for _ in range(2)]
         learner = sharp_model(CORNERS["plain"], seed=2)
         weights = RayWeights(actors, CONFIG)
