@@ -29,19 +29,28 @@ class RayWeights:
     def __init__(self, actors: Sequence[Any], config: EngineConfig) -> None:
         self._actors, self._config = actors, config
         self._link: Link | None = None
+        self._begun = False
         self._last: tuple[WeightStream, Manifest] | None = None
+        """The sync that every engine has completed; None from the beginning of the next one until it has succeeded."""
 
     def deliver(self, weights: WeightStream, version: int) -> None:
-        """One complete sync of every engine; see `rollout.weight_source.deliver`."""
+        """One complete sync of every engine; see `rollout.weight_source.deliver`.
+
+        Raises ray's error if an actor dies on the way: `replace` it, and deliver to all of them again.
+        """
+        self._begun, self._last = True, None
         self._link = self._link or choose_link(self._actors, self._config)
         self._last = weights, deliver(weights, version, post_to(self._actors), self._link)
 
     def replace(self, actors: Sequence[Any], new: Any) -> None:
         """Goes on with these actors, and repeats the last sync for `new` among them, from the learner: nothing is kept.
 
-        Raises SyncError if the learner's weights have changed since, or if they came as a stream that is spent.
+        Raises SyncError if the learner's weights have changed since, or if they came as a stream that is spent. In the
+        middle of a sync there is none to repeat; then, too, the new engine refuses to sample until it has had one.
         """
         self._actors, self._link = actors, None  # a broadcast group cannot change its members
+        if self._begun:
+            post_to([new])("reject_weights", "it has the first checkpoint's weights, in the place of another engine")()
         if self._last is not None:
             weights, manifest = self._last
             deliver(weights, manifest.version, post_to([new]), ByValue(), same_as=manifest)

@@ -66,6 +66,11 @@ def test_every_actor_gets_the_weights_and_so_does_a_new_one(tmp_path: Path, monk
         for actor in actors:
             with pytest.raises(SyncError, match="this engine must not sample"):
                 ray.get(actor.holds.remote())
+        ray.kill(actors[1])
+        actors[1] = start(str(tmp_path / "model"))
+        weights.replace(actors, actors[1])  # there is no complete sync to repeat
+        with pytest.raises(SyncError, match="it has the first checkpoint's weights"):
+            ray.get(actors[1].holds.remote())
         weights.deliver(WeightSource(learner), 5)
         with torch.no_grad():
             learner.lm_head.weight.mul_(1.01)
