@@ -47,7 +47,7 @@ def register_backend() -> None:
             self.loading = True
             # The CPU kernel packs its experts only where no kernel object exists yet; without this reset the
             # reload copies unpacked weights over packed ones and the outputs are silently wrong.
-            for module in self.model.modules():
+            for module in self.model.modules() if self.device.type == "cpu" else ():
                 method = getattr(module, "quant_method", None)
                 if method is not None and hasattr(method, "moe_kernel"):
                     method.moe_kernel = None

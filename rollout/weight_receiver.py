@@ -109,7 +109,7 @@ class WeightReceiver:
         refuse(problems, f"after the sync of version {manifest.version} the engine holds other values than were sent")
 
     def reject_weights(self, reason: str) -> None:
-        """Makes the engine refuse to sample until the next complete sync; `reason` goes on from 'the engine: '."""
+        """Makes the engine refuse to sample until the next complete sync, with `reason` in the error."""
         self._unusable = reason
 
     def check_usable(self) -> None:
