@@ -76,7 +76,7 @@ def bare(options: argparse.Namespace, config: EngineConfig, model: str) -> Itera
     engine: Any = build_engine(replace(config, kind="vllm", transport="local"), model)
     import vllm
 
-    llm, prompts = engine._llm, make_prompts(options)
+    llm, prompts = engine.llm, make_prompts(options)
     if hasattr(engine, "_draws_are_ours") and engine._draws_are_ours:
         sampler = llm.llm_engine.model_executor.driver_worker.worker.model_runner.sampler.topk_topp_sampler
         sampler.__init__(sampler.logprobs_mode)  # its own draw again

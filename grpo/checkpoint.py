@@ -3,12 +3,13 @@
 The policy is an ordinary Hugging Face folder inside it; optimizer and counters lie beside it. A checkpoint appears
 whole or not at all, and the newest one replaces the older ones.
 
-    save_checkpoint(run_dir, learner, step=40)
-    step = load_checkpoint(run_dir, learner)
+    save_checkpoint(run_dir, learner, step=40, rollouts=rollouts.state.to_plain())
+    step, rollouts = load_checkpoint(run_dir, learner)
 """
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,13 +20,15 @@ from models.checkpoint import read_tensors, replace_folder
 _POLICY, _STATE = "policy", "learner.pt"
 
 
-def save_checkpoint(run_dir: Path, learner: Learner, step: int) -> Path:
-    """Writes the state after `step` finished steps, then removes older checkpoints."""
+def save_checkpoint(run_dir: Path, learner: Learner, step: int, rollouts: dict[str, Any]) -> Path:
+    """Writes the state after `step` finished steps, then removes older checkpoints. `rollouts` says where sampling
+    stands, see `grpo.rollouts.RolloutState.to_plain`."""
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     with replace_folder(folder) as fresh:
         (fresh / _POLICY).mkdir()
         write_checkpoint(learner.model, fresh / _POLICY)
-        torch.save({"trainer_step": step, "learner": learner.state_dict()}, fresh / _STATE)
+        state = {"trainer_step": step, "learner": learner.state_dict(), "rollouts": rollouts}
+        torch.save(state, fresh / _STATE)
     for other in folder.parent.glob("step_*"):
         if other != folder:
             shutil.rmtree(other)
@@ -36,12 +39,13 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return max((run_dir / "checkpoints").glob("step_*"), default=None)
 
 
-def load_checkpoint(run_dir: Path, learner: Learner) -> int:
-    """Puts the newest checkpoint into the learner; the number of steps it has finished, 0 without a checkpoint."""
+def load_checkpoint(run_dir: Path, learner: Learner) -> tuple[int, dict[str, Any] | None]:
+    """Puts the newest checkpoint into the learner; the number of steps it has finished and where sampling stands, or 0
+    and None without a checkpoint."""
     folder = latest_checkpoint(run_dir)
     if folder is None:
-        return 0
+        return 0, None
     load_hf_tensors(learner.model, read_tensors(folder / _POLICY), source=str(folder))
     state = torch.load(folder / _STATE, weights_only=True)
     learner.load_state_dict(state["learner"])
-    return state["trainer_step"]
+    return state["trainer_step"], state["rollouts"]

@@ -5,7 +5,7 @@ report = learner.update(samples)
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +18,10 @@ from grpo.logprobs import token_logprobs
 from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
 from grpo.mismatch import MismatchMeter
 from grpo.schedule import Decay, learning_rate
-from models import CausalLM, ModelOutput, SequenceLayout, hf_tensors
+from models import CausalLM, ModelOutput, SequenceLayout
 from models.balance import count_experts, load_metrics
 from models.moe import Routing
+from rollout.weight_source import WeightSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,9 +196,9 @@ class Learner:
         logprobs = logprobs_T.tolist()
         return [logprobs[s : e - 1] for s, e in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> WeightSource:
         """Every weight under its Hugging Face name, as views that the next update changes."""
-        return hf_tensors(self.model)
+        return WeightSource(self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs beside the model's weights."""

@@ -81,8 +81,8 @@ def build_samples(
             )
     total = sum(len(group.completions) for group in groups)
     counts = {
-        "samples/failed": failed / total,
-        "samples/unscored": unscored / total,
-        "groups/without_spread": flat_groups / len(groups),
+        "samples/failed": failed / max(1, total),
+        "samples/unscored": unscored / max(1, total),
+        "groups/without_spread": flat_groups / max(1, len(groups)),
     }
     return samples, counts

@@ -3,11 +3,14 @@
 GRPOTrainer(config, learner, pool, prompts, rubric, decode, stop_token_id, run_dir).run()
 """
 
+import contextlib
 import logging
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.learner import Learner
 from grpo.metrics import MetricsLogger, append_rows, drop_steps
 from grpo.mismatch import MismatchAlarm
+from grpo.rollouts import RolloutConfig, Rollouts, RolloutState
 from grpo.samples import Decode, build_samples, score_groups
 from rewards import Rubric, Score, failure_shares, reward_seconds
+from rollout.engine import WeightStream
 from rollout.pool import EnginePool
 from rollout.prompts import PromptSource
 from rollout.sample import CompletionGroup, FinishReason, SamplingParams
@@ -55,11 +60,15 @@ class TrainerConfig:
     """Largest difference of log-probabilities allowed between learner and engine after a sync."""
     mismatch_alarm_kl: float = 1e-4
     """KL(sampler || learner) per sampled token above which the run says so; 1e-2 for engines in bfloat16."""
+    probe_every: int = 1
+    """Syncs between two probes; every sync is held against its manifest, and the first is always probed."""
     seed: int = 0
     """Fixes the order of prompts and every sampled token."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How the groups of a step come together."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "max_tokens", "save_every"):
+        for name in ("steps", "prompts_per_step", "max_tokens", "save_every", "probe_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.completions_per_prompt < 2:
@@ -106,56 +115,73 @@ class GRPOTrainer:
         stop_token_id: int,
         run_dir: Path,
         on_step: OnStep = lambda step, metrics: None,
-        on_alarm: Callable[[str], None] = _LOG.warning,
+        tell: Callable[[str], None] = _LOG.warning,
     ) -> None:
         """Continues from the newest checkpoint in `run_dir` if there is one."""
         self.config, self.learner, self.pool, self.prompts = config, learner, pool, prompts
         self.rubric, self.decode, self.stop_token_id = rubric, decode, stop_token_id
-        self.run_dir, self.on_step = run_dir, on_step
-        self.first_step = load_checkpoint(run_dir, learner)
+        self.run_dir, self.on_step, self.tell = run_dir, on_step, tell
+        self.first_step, sampled = load_checkpoint(run_dir, learner)
         self.logger = MetricsLogger(run_dir, resume_from=self.first_step)
         drop_steps(run_dir / "groups.jsonl", self.first_step)
         self.probe = probe_sequences(prompts.prompts, learner.model.config.vocab_size)
-        self.alarm = MismatchAlarm(config.mismatch_alarm_kl, on_alarm)
+        self.alarm = MismatchAlarm(config.mismatch_alarm_kl, tell)
         self._seconds: dict[str, float] = {}
+        self.rollouts = Rollouts(
+            config.rollout, pool, prompts,
+            lambda group, step: score_groups([group], rubric, decode, step)[0], self.sampling_params,
+            prompts_per_step=config.prompts_per_step, first_step=self.first_step, last_step=config.steps,
+            state=RolloutState.from_plain(sampled, prompts) if sampled else RolloutState(),
+        )  # fmt: skip
 
-    def run(self) -> None:
-        """Steps until `config.steps` are done. Raises SyncError if the engines do not hold the learner's weights."""
+    def sampling_params(self, step: int) -> SamplingParams:
+        return SamplingParams(
+            num_completions=self.config.completions_per_prompt,
+            max_tokens=self.config.max_tokens,
+            temperature=self.config.temperature,
+            stop_token_id=self.stop_token_id,
+            seed=self.config.seed * 1_000_003 + step,
+        )
+
+    def run(self) -> int:
+        """Steps until `config.steps` are done, or until Ctrl-C: then the step under way is finished and saved.
+
+        Returns the number of finished steps. Raises SyncError if the engines do not hold the learner's weights.
+        """
+        finished = self.first_step
         try:
-            self.sync(version=self.first_step)  # engines start from files, not from the learner
-            for step in range(self.first_step, self.config.steps):
-                self.run_step(step)
+            with _interruption(self.tell) as interrupted:
+                self.sync(version=self.first_step, probe_every=1)  # engines start from files, not from the learner
+                while finished < self.config.steps and not interrupted.is_set():
+                    self.run_step(finished)
+                    finished += 1
+                    if finished % self.config.save_every == 0 or finished == self.config.steps or interrupted.is_set():
+                        save_checkpoint(self.run_dir, self.learner, finished, self.rollouts.state.to_plain())
         finally:
-            self.logger.close()
+            self.close()
+        return finished
+
+    def close(self) -> None:
+        self.rollouts.close()
+        self.logger.close()
 
     def run_step(self, step: int) -> None:
-        groups = self.rollout(step)
-        scores = self.score(groups, step)
-        samples, counts = build_samples(
-            groups, scores, temperature=self.config.temperature, scale=self.config.advantage_scale, version=step
-        )
-        report = self.update(samples, step)
-        drift = self.sync(version=step + 1)
-        metrics = batch_metrics(groups, scores) | counts | report | {"sync/probe_difference": drift}
-        self.log(step, metrics, groups, scores)
-        self.save_if_due(step)
-
-    def rollout(self, step: int) -> list[CompletionGroup]:
         with _Clock(self._seconds, "rollout"):
-            prompts = self.prompts.batch(step, self.config.prompts_per_step)
-            params = SamplingParams(
-                num_completions=self.config.completions_per_prompt,
-                max_tokens=self.config.max_tokens,
-                temperature=self.config.temperature,
-                stop_token_id=self.stop_token_id,
-                seed=self.config.seed * 1_000_003 + step,
-            )
-            by_id = {group.prompt.id: group for group in self.pool.generate(prompts, params)}
-            return [by_id[prompt.id] for prompt in prompts]  # arrival order is chance, batch order is not
-
-    def score(self, groups: Sequence[CompletionGroup], step: int) -> list[list[Score]]:
-        with _Clock(self._seconds, "score"):
-            return score_groups(groups, self.rubric, self.decode, step)
+            batch = self.rollouts.take(step)
+        samples, counts = build_samples(
+            batch.groups, batch.scores, temperature=self.config.temperature, scale=self.config.advantage_scale,
+            version=step,
+        )  # fmt: skip
+        if not self.config.rollout.overlap:
+            self.pool.sleep()  # the sync wakes it
+        report = self.update(samples, step)
+        drift = self.sync(step + 1, self.config.probe_every)
+        metrics = batch_metrics(batch.sampled, batch.sampled_scores) | counts | report | self.pool.counters
+        metrics |= {"groups/replaced": len(batch.replaced), "groups/restarted": batch.restarted}
+        if drift is not None:
+            metrics["sync/probe_difference"] = drift
+        self._seconds["score"] = batch.score_seconds
+        self.log(step, metrics, batch.sampled, batch.sampled_scores)
 
     def update(self, samples: list[TrainingSample], step: int) -> dict[str, float]:
         """`minibatches` optimizer steps over the shuffled samples; the mean of their reports, mismatch from the
@@ -173,16 +199,19 @@ class GRPOTrainer:
             mismatch = {name: value for name, value in reports[0].items() if name.startswith("mismatch/")}
             return mean | mismatch | self.alarm.check(mismatch)
 
-    def sync(self, version: int) -> float:
+    def sync(self, version: int, probe_every: int) -> float | None:
+        """Gives the engines the learner's weights; what they were sampling goes on with these."""
+        weights: WeightStream = self.learner.named_weights()
         with _Clock(self._seconds, "sync"):
-            return push_weights(
-                self.pool,
-                self.learner.named_weights(),
-                version,
-                self.probe,
-                self.learner.score(self.probe),
-                self.config.probe_limit,
-            )
+            if self.config.rollout.overlap:
+                # An engine that is replaced while the learner works gets these, not what the learner has by then.
+                weights = [(name, tensor.to("cpu", copy=True)) for name, tensor in weights]
+            with self.rollouts.paused():
+                drift = push_weights(
+                    self.pool, weights, version, self.probe, self.learner.score, self.config.probe_limit, probe_every
+                )
+            self.rollouts.set_version(version)
+            return drift
 
     def log(
         self,
@@ -203,10 +232,30 @@ class GRPOTrainer:
             append_rows(self.run_dir / "groups.jsonl", group_rows(step, groups, scores, self.decode))
         self.on_step(step, metrics)
 
-    def save_if_due(self, step: int) -> None:
-        finished = step + 1
-        if finished % self.config.save_every == 0 or finished == self.config.steps:
-            save_checkpoint(self.run_dir, self.learner, finished)
+
+@contextlib.contextmanager
+def _interruption(tell: Callable[[str], None]) -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM within the block; a second one interrupts as usual. In the main thread only,
+    where Python handles signals."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: object) -> None:
+        asked.set()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        tell("stopping: this step is finished and saved; once more to stop at once")
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Clock:

@@ -12,7 +12,7 @@ Shapes: T packed tokens, B sequences, S positions, D hidden, V vocabulary.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -213,11 +213,13 @@ def read_model_type(path: Path) -> str | None:
         raise ValueError(f"{path}: not JSON: {error}") from None
 
 
-def hf_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its checkpoint name, detached views of the parameters."""
+def hf_tensors(
+    model: CausalLM, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its checkpoint name, detached views of the parameters; `whole` gathers a sharded one."""
     if isinstance(model, TransformersCausalLM):
-        return model.hf_tensors()
-    return checkpoint.hf_tensors(_ours(model))
+        return ((name, whole(tensor)) for name, tensor in model.hf_tensors())
+    return checkpoint.hf_tensors(_ours(model), whole)
 
 
 def load_hf_tensors(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +32,17 @@ from models.transformer import DeepseekV3ForCausalLM
 _MISFIT = "tensors do not fit the model"
 
 
-def hf_tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its checkpoint name, layer by layer, detached views of the parameters; experts are split."""
-    for name, tensor in model.state_dict().items():
+def hf_tensors(
+    model: DeepseekV3ForCausalLM, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its checkpoint name, layer by layer, detached views of the parameters; experts are split.
+
+    `whole` gathers a parameter that is sharded, before its experts are split.
+    """
+    for name, parameter in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        tensor = whole(parameter)
         if name.endswith("mlp.experts.gate_up_proj"):
             prefix = name.removesuffix(".gate_up_proj")
             for expert, gate_up in enumerate(tensor):
@@ -45,9 +53,10 @@ def hf_tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
             prefix = name.removesuffix(".down_proj")
             for expert, down in enumerate(tensor):
                 yield f"{prefix}.{expert}.down_proj.weight", down
-        elif name != "lm_head.weight" or not model.config.tie_word_embeddings:
+        else:
             yield name, tensor
-    yield from shared_copies(model)
+    for name, parameter in shared_copies(model):
+        yield name, whole(parameter)
 
 
 @torch.no_grad()

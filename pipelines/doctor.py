@@ -103,17 +103,17 @@ def examine(run: PreparedRun, learner: Learner, pool: EnginePool, steps: int) ->
     rows: list[dict[str, float]] = []
     trainer = GRPOTrainer(
         run.config.trainer, learner, pool, run.prompts, run.rubric, decoder(run.tokenizer), stop_token(run.tokenizer),
-        run.out, on_step=lambda step, metrics: rows.append(metrics), on_alarm=lambda message: None,
+        run.out, on_step=lambda step, metrics: rows.append(metrics), tell=lambda message: None,
     )  # fmt: skip
     sync = Finding(level="ok", check="sync", text=f"{steps + 1} syncs, each followed by the probe")
     try:
-        trainer.sync(version=0)
+        trainer.sync(version=0, probe_every=1)
         for step in range(steps):
             trainer.run_step(step)
     except SyncError as error:
         sync = Finding(level="error", check="sync", text=str(error))
     finally:
-        trainer.logger.close()
+        trainer.close()
     limits = run.config.trainer
     return [
         judge_weights(before, digests(learner)),

@@ -9,13 +9,14 @@ The run folder holds config.json, metrics.jsonl, tensorboard/, groups.jsonl, che
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo.learner import Learner, LearnerConfig
 from grpo.trainer import GRPOTrainer, TrainerConfig
-from models import load_pretrained
+from models import from_pretrained
 from models.auto import write_checkpoint
 from models.checkpoint import replace_folder, tensor_shapes
 from pipelines.config import flat_fields, read_config, write_config
@@ -50,6 +51,10 @@ class ZeroConfig:
     """Run folder."""
     resume: bool = False
     """Continue the run in `out` from its newest checkpoint."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner works; `auto` takes a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the learner's weights, gradients and optimizer state."""
     num_threads: int = 1
     """CPU threads of the learner; a second one pays for larger models and on idle cores only."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -109,7 +114,7 @@ def prepare(config: ZeroConfig) -> PreparedRun:
     room = config.engine.max_model_len - config.trainer.max_tokens
     prompts = build_prompts(rows, task, tokenizer, max_tokens=room, report=console.print)
     source = PromptSource(prompts, config.trainer.seed)
-    source.batch(0, config.trainer.prompts_per_step)  # are there enough? Before a folder is made
+    source.take(0, config.trainer.prompts_per_step)  # are there enough? Before a folder is made
     out = Path(config.out)
     open_run_folder(config, out)
     return PreparedRun(config=config, tokenizer=tokenizer, prompts=source, rubric=rubric, out=out)
@@ -141,9 +146,11 @@ def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
 
 
 def build_learner(config: ZeroConfig) -> Learner:
-    """The base checkpoint in training."""
+    """The base checkpoint in training, our model or a dense one of transformers."""
     total_steps = config.trainer.steps * config.trainer.minibatches
-    return Learner(load_pretrained(config.model), config.learner, total_steps)
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model = from_pretrained(config.model, dtype=getattr(torch, config.dtype), device=device)
+    return Learner(model, config.learner, total_steps)
 
 
 def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
@@ -159,14 +166,17 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
                 config.trainer, learner, engines, run.prompts, run.rubric,
                 decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
                 on_step=lambda step, metrics: bar.advance(console_line(metrics)),
-                on_alarm=lambda message: console.print(message, style="bold red", soft_wrap=True),
+                tell=lambda message: console.print(message, style="bold red", soft_wrap=True),
             )  # fmt: skip
             if trainer.first_step:
                 bar.advance("resumed", steps=trainer.first_step)
-            trainer.run()
+            finished = trainer.run()
     finally:
         if pool is None:
             engines.close()
+    if finished < config.trainer.steps:
+        console.print(f"stopped and saved after {finished} of {config.trainer.steps} steps; --resume continues")
+        raise SystemExit(130)
     with replace_folder(run.out / "model") as fresh:
         write_checkpoint(learner.model, fresh)
         run.tokenizer.save_pretrained(str(fresh))

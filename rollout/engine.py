@@ -49,7 +49,10 @@ class EngineConfig:
     num_threads: int = 1
     """CPU threads of each Ray actor."""
     placement: Literal["colocated", "separate"] = "colocated"
-    """Whether each engine shares its GPU with a rank of the learner or has GPUs of its own; the same without GPUs."""
+    """Whether each engine shares its GPU with a rank of the learner, and sleeps while that learns, or has GPUs of its
+    own; the same without GPUs."""
+    sleep_while_learning: bool = True
+    """Colocated on a GPU: the engine gives its memory to the learner between rollouts. Off where both have room."""
     tensor_parallel_size: int = 1
     """GPUs of one host that hold one copy of the model together. Engine `vllm`, placement `separate`."""
     request_timeout_s: float = 3600.0
@@ -60,10 +63,14 @@ class EngineConfig:
     """Engines replaced in a row, no completion in between, before the run is given up."""
     kv_cache_gib: int = 1
     """Memory of vLLM's key-value cache on CPU."""
+    gpu_memory_share: float | None = None
+    """Share of a GPU's memory for vLLM, its weights included; None for 0.45 beside a learner and 0.9 alone."""
 
     def __post_init__(self) -> None:
         if self.num_engines < 1:
             raise ValueError(f"num_engines must be >= 1, got {self.num_engines}")
+        if self.gpu_memory_share is not None and not 0 < self.gpu_memory_share <= 1:
+            raise ValueError(f"gpu_memory_share must be above 0 and at most 1, got {self.gpu_memory_share}")
         if self.num_speculative_tokens < 0:
             raise ValueError(f"num_speculative_tokens must be >= 0, got {self.num_speculative_tokens}")
         if self.tensor_parallel_size < 1 or self.max_restarts < 0:
@@ -83,6 +90,17 @@ class EngineConfig:
             )
         if self.transport == "local" and self.num_engines != 1:
             raise ValueError(f"transport 'local' runs exactly 1 engine, got num_engines={self.num_engines}; use 'ray'")
+
+    @property
+    def sleeps(self) -> bool:
+        return self.placement == "colocated" and self.sleep_while_learning and torch.cuda.is_available()
+
+    @property
+    def gpu_share(self) -> float:
+        """`gpu_memory_share`, or what it is by default."""
+        if self.gpu_memory_share is not None:
+            return self.gpu_memory_share
+        return 0.45 if self.placement == "colocated" else 0.9
 
     def resolved(self) -> "EngineConfig":
         """The same with `auto` decided. Raises ValueError if vLLM is asked for and not installed."""
@@ -135,6 +153,7 @@ class Engine(ABC):
         Those of all steps in `collect_s` seconds come together, and the last at once. Requests begin as others finish.
         When the inbox is paused, all that is left comes as finish reason `paused`.
         """
+        self.check_usable()
         batch = self.start_batch(params)
         finished: list[Sampled] = []
         given = time.monotonic()
@@ -169,7 +188,27 @@ class Engine(ABC):
 
     @abstractmethod
     def load_weights(self, weights: WeightStream, version: int) -> None:
-        """Replaces all weights. Raises ValueError naming each missing, unexpected or misshapen tensor."""
+        """Replaces all weights, in one sync from this process.
+
+        Raises SyncError naming each tensor that is missing, unexpected, misshapen, given twice or not held as it was
+        sent. From the first replaced tensor to the end of the next complete sync the engine refuses to sample.
+        """
+
+    @abstractmethod
+    def check_usable(self) -> None:
+        """Raises SyncError if the weights are not whole and checked."""
+
+    @abstractmethod
+    def reject_weights(self, reason: str) -> None:
+        """Refuses to sample, with SyncError and this reason, until the next complete sync."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Gives its accelerator memory to the learner; a sync must follow. Nothing to give on a CPU."""
+
+    @abstractmethod
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Takes memory back, `weights` before the sync and `kv_cache` after it."""
 
     @abstractmethod
     def close(self) -> None:

@@ -7,24 +7,47 @@ With `num_speculative_tokens` the model's prediction modules draft tokens (specu
 fewer passes, though not the same completions for the same seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
-from models import SequenceLayout, load_hf_tensors, load_pretrained
+from models import DeepseekV3ForCausalLM, SequenceLayout, hf_tensors, load_pretrained
 from rollout.decoding import Decoder, PlainDecoder, Running
-from rollout.engine import Engine, EngineConfig, WeightStream, check_prompt_lengths
+from rollout.engine import Engine, EngineConfig, check_prompt_lengths
+from rollout.manifest import SyncError
 from rollout.sample import FinishReason, SamplingParams
 from rollout.speculative import DraftCount, SpeculativeDecoder
 from rollout.stream import Request, Sampled, outcome
+from rollout.weight_receiver import Held, WeightReceiver
 
 
-class NativeEngine(Engine):
+class ModelReceiver(WeightReceiver):
+    """Receives weights into our own model, all of which can be read back."""
+
+    def __init__(self, model: DeepseekV3ForCausalLM) -> None:
+        self.model = model
+        self._targets = dict(hf_tensors(model))  # views: copying into them fills the stacked parameters
+        shapes = {name: tensor.shape for name, tensor in self._targets.items()}
+        super().__init__(shapes, model.lm_head.weight.device)
+        self._held_dtypes = {name: {tensor.dtype} for name, tensor in self._targets.items()}
+
+    def _load(self, tensors: list[tuple[str, Tensor]]) -> None:
+        for name, tensor in tensors:
+            if not tensor.is_floating_point() or tensor.itemsize < 2:
+                raise SyncError(f"{name} has dtype {tensor.dtype}, floats of 16 bits or more are due")
+            self._targets[name].copy_(tensor)
+
+    def _held(self) -> Iterable[Held]:
+        return [(name, "the model", tensor) for name, tensor in self._targets.items()]
+
+
+class NativeEngine(ModelReceiver, Engine):
     """Implements `rollout.engine.Engine` in this process."""
 
     def __init__(self, config: EngineConfig, model: str) -> None:
+        super().__init__(load_pretrained(model, dtype=getattr(torch, config.dtype)))
         self.config = config
-        self.model = load_pretrained(model, dtype=getattr(torch, config.dtype))
         self.max_model_len = min(config.max_model_len, self.model.config.max_position_embeddings)
         self._drafts = DraftCount()
         available = self.model.config.num_nextn_predict_layers
@@ -50,6 +73,7 @@ class NativeEngine(Engine):
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        self.check_usable()
         layout = SequenceLayout.from_lengths([len(sequence) for sequence in sequences])
         ids_T = torch.tensor([token for sequence in sequences for token in sequence])
         logprobs_TV = self.model.lm_head(self.model(ids_T, layout).hidden_TD).float().log_softmax(-1)
@@ -57,13 +81,11 @@ class NativeEngine(Engine):
         starts, ends = layout.offsets[:-1], layout.offsets[1:]
         return [logprobs_T[start : end - 1] for start, end in zip(starts, ends, strict=True)]
 
-    def load_weights(self, weights: WeightStream, version: int) -> None:
-        load_hf_tensors(self.model, weights, source=f"weights of version {version}")
-        self.version = version
+    def _end_load(self) -> None:
         self._drafts = DraftCount()
 
     def close(self) -> None:
-        del self.model
+        del self.model, self._targets
 
 
 class NativeBatch:

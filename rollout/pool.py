@@ -10,8 +10,10 @@ the same completions for the same seeds, up to float rounding of the engines' ba
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from rollout.engine import EngineConfig, WeightStream, build_engine
+from rollout.probe import ProbeAnswer, probe_engine
 from rollout.sample import CompletionGroup, SamplingParams
 from rollout.stream import Inbox, Request, Sampled, Work, assemble, requests_of
 
@@ -42,7 +44,23 @@ class EnginePool(ABC):
 
     @abstractmethod
     def load_weights(self, weights: WeightStream, version: int) -> None:
-        """Gives every engine these weights; returns when all hold them."""
+        """Gives every engine these weights; returns when all hold them. Raises SyncError as `Engine.load_weights`."""
+
+    @abstractmethod
+    def probe(self, sequences: Sequence[Sequence[int]]) -> list[ProbeAnswer]:
+        """Each engine's answer to the same probe."""
+
+    @abstractmethod
+    def reject_weights(self, reason: str) -> None:
+        """Every engine refuses to sample until the next complete sync."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Every engine gives its share of a common GPU to the learner; `wake` and a sync must follow."""
+
+    @abstractmethod
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Every engine takes memory back: `weights` before the sync, `kv_cache` after it."""
 
     @property
     def counters(self) -> dict[str, float]:
@@ -73,6 +91,18 @@ class LocalPool(EnginePool):
 
     def load_weights(self, weights: WeightStream, version: int) -> None:
         self._engine.load_weights(weights, version)
+
+    def probe(self, sequences: Sequence[Sequence[int]]) -> list[ProbeAnswer]:
+        return [probe_engine(self._engine, sequences)]
+
+    def reject_weights(self, reason: str) -> None:
+        self._engine.reject_weights(reason)
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        self._engine.wake(part)
 
     def close(self) -> None:
         self._engine.close()

@@ -1,17 +1,18 @@
 """Where prompts come from: an endless, seeded, stateless walk over a fixed list.
 
 source = PromptSource(prompts, seed=0)
-batch = source.batch(step=7, size=16)       # the same whenever and wherever it is asked for
+prompts, place = source.take(place=0, count=16)     # the same whenever and wherever it is asked for
 """
 
+import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rollout.sample import Prompt
 
 
 class PromptSource:
-    """Every prompt once per epoch, each epoch in its own order; a batch depends on `seed`, `step` and `size` alone."""
+    """Every prompt once per epoch, each epoch in its own order, which depends on `seed` alone."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         """Raises ValueError for no prompts, or for an id that occurs twice."""
@@ -24,12 +25,30 @@ class PromptSource:
         self.prompts = list(prompts)
         self.seed = seed
 
-    def batch(self, step: int, size: int) -> list[Prompt]:
-        """The prompts of one step. Raises ValueError if a batch would need a prompt twice."""
-        if size > len(self.prompts):
-            raise ValueError(f"a step needs {size} different prompts, the data has {len(self.prompts)}")
-        per_epoch = len(self.prompts) // size
-        epoch, place = divmod(step, per_epoch)
+    def take(self, place: int, count: int, avoid: Iterable[str] = ()) -> tuple[list[Prompt], int]:
+        """`count` prompts from `place` of the endless walk on, and the place behind them.
+
+        None occurs twice and none is in `avoid` (ids that are under way); such prompts are passed over, which happens
+        where one epoch meets the next. Raises ValueError if the data has fewer prompts than that.
+        """
+        under_way = set(avoid)
+        if count > len(self.prompts) - len(under_way):
+            raise ValueError(
+                f"{count} different prompts are needed beside {len(under_way)} under way, the data has "
+                f"{len(self.prompts)}"
+            )
+        taken: list[Prompt] = []
+        while len(taken) < count:
+            epoch, index = divmod(place, len(self.prompts))
+            prompt = self.prompts[self._order(epoch)[index]]
+            if prompt.id not in under_way:
+                taken.append(prompt)
+                under_way.add(prompt.id)
+            place += 1
+        return taken, place
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  one source lives as long as a run
+    def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self.prompts)))
         random.Random(f"prompts {self.seed} {epoch}").shuffle(order)
-        return [self.prompts[i] for i in order[place * size : (place + 1) * size]]
+        return order

@@ -22,9 +22,9 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
-from safetensors.torch import load
 
 from rollout.engine import EngineConfig, build_engine
+from rollout.probe import ProbeAnswer, probe_engine
 from rollout.sample import SamplingParams
 from rollout.stream import Inbox, Key, Request, Sampled
 
@@ -101,8 +101,12 @@ class EngineActor:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         return self.engine.score(sequences)
 
-    def load_weights(self, buffer: bytes, version: int) -> None:
-        self.engine.load_weights(load(buffer).items(), version)
+    def probe(self, sequences: Sequence[Sequence[int]]) -> ProbeAnswer:
+        return probe_engine(self.engine, sequences)
+
+    def call(self, method: str, argument: Any) -> None:
+        """A step of a weight sync, see `rollout.weight_receiver`."""
+        getattr(self.engine, method)(argument)
 
 
 @dataclass

@@ -4,7 +4,7 @@ Groups wait in one queue; each engine gets the next when it has fewer than `max_
 no engine runs dry while another has work left. An engine that dies, or is silent for too long, is killed and replaced:
 the new one gets the newest weights and the same requests, whose seeds give the same completions.
 
-Weights cross as one safetensors buffer in Ray's object store, which actors of one host read from shared memory.
+Weights reach them through ray_weights.py.
 """
 
 import logging
@@ -12,15 +12,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
-from safetensors.torch import save
 
 from rollout.engine import EngineConfig, WeightStream
 from rollout.pool import EnginePool
+from rollout.probe import ProbeAnswer
 from rollout.ray_actor import EngineActor, RemoteEngine, stack_of, start_engines, start_ray
+from rollout.ray_weights import RayWeights, post_to
 from rollout.sample import FinishReason, SamplingParams
 from rollout.stream import Request, Sampled, outcome
 
@@ -39,13 +40,16 @@ class RayPool(EnginePool):
         if self._owns_ray:
             start_ray(config.num_engines)
         self._config, self._model, self._report = config, model, report
-        self._weights: tuple[Any, int] | None = None
-        """What `load_weights` gave the engines last."""
         self._call = 0
         self._clock = 0.0
         """Seconds spent looking at the engines: what the caller does between two groups counts against none of them."""
         self._restarts = self._reissued = self._restarts_in_a_row = 0
         self.engines: list[RemoteEngine] = start_engines(config, model, range(config.num_engines), self.actor_class)
+        self._weights = RayWeights(self._actors, config)
+
+    @property
+    def _actors(self) -> list[Any]:
+        return [engine.actor for engine in self.engines]
 
     def stream(
         self, groups: Sequence[Sequence[Request]], params: SamplingParams, stop: threading.Event | None
@@ -146,8 +150,7 @@ class RayPool(EnginePool):
             try:
                 (new,) = start_engines(self._config, self._model, [engine.index], self.actor_class)
                 self.engines[engine.index] = new
-                if self._weights is not None:
-                    ray.get(new.actor.load_weights.remote(*self._weights), timeout=self._config.request_timeout_s)
+                self._weights.replace(self._actors, new.actor)
                 break
             except (RayActorError, GetTimeoutError) as error:
                 reason = f"the new engine did not start: {error}"
@@ -185,9 +188,25 @@ class RayPool(EnginePool):
         return self._ask_all("score", sequences)
 
     def load_weights(self, weights: WeightStream, version: int) -> None:
-        buffer = ray.put(save({name: tensor.contiguous() for name, tensor in weights}))
-        self._ask_all("load_weights", buffer, version)
-        self._weights = buffer, version
+        while True:
+            try:
+                return self._weights.deliver(weights, version)
+            except (RayActorError, GetTimeoutError) as error:
+                # Whoever does not answer is replaced, and all of them get the sync again from its beginning.
+                self._report(f"the sync of version {version} broke off: {error}")
+                self._ask_all("ready")
+
+    def probe(self, sequences: Sequence[Sequence[int]]) -> list[ProbeAnswer]:
+        return self._ask_all("probe", sequences)
+
+    def reject_weights(self, reason: str) -> None:
+        post_to(self._actors, self._config.request_timeout_s)("reject_weights", reason)()
+
+    def sleep(self) -> None:
+        post_to(self._actors, self._config.request_timeout_s)("sleep", None)()
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        post_to(self._actors, self._config.request_timeout_s)("wake", part)()
 
     @property
     def counters(self) -> dict[str, float]:

@@ -37,10 +37,17 @@ def register_backend() -> None:
         def init_transfer_engine(self, init_info: InitInfo) -> None:
             pass  # there is no connection to open
 
+        loading = False
+
         def start_weight_update(self) -> None:
+            if self.loading:
+                # An earlier update failed half way. vLLM goes on counting where that one stopped, and would call a
+                # layer complete that got some tensors then and some now; ending it clears the counts.
+                finalize_layerwise_reload(self.model, self.model_config)
+            self.loading = True
             # The CPU kernel packs its experts only where no kernel object exists yet; without this reset the
             # reload copies unpacked weights over packed ones and the outputs are silently wrong.
-            for module in self.model.modules():
+            for module in self.model.modules() if self.device.type == "cpu" else ():
                 method = getattr(module, "quant_method", None)
                 if method is not None and hasattr(method, "moe_kernel"):
                     method.moe_kernel = None
@@ -52,9 +59,15 @@ def register_backend() -> None:
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
+            self.loading = False
 
         def shutdown(self) -> None:
             pass
+
+        @staticmethod
+        def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+            """vLLM 0.25.1 has it abstract."""
+            raise NotImplementedError("weights are sent by rollout.weight_source.deliver")
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, InProcessTransfer)

@@ -35,7 +35,7 @@ def test_no_checkpoint_is_step_0(tmp_path: Path) -> None:
     learner = make_learner()
     before = snapshot(learner.model)
     assert latest_checkpoint(tmp_path) is None
-    assert load_checkpoint(tmp_path, learner) == 0
+    assert load_checkpoint(tmp_path, learner) == (0, None)
     assert same_bits(snapshot(learner.model), before)
 
 
@@ -44,12 +44,12 @@ def test_round_trip_continues_bit_for_bit(tmp_path: Path) -> None:
     batches = [make_samples(learner.model, seed=seed) for seed in range(4)]
     for batch in batches[:2]:
         learner.update(batch)
-    folder = save_checkpoint(tmp_path, learner, step=7)
+    folder = save_checkpoint(tmp_path, learner, 7, {"place": 7})
     saved = snapshot(learner.model)
     reports = [learner.update(batch) for batch in batches[2:]]
 
     other = make_learner()
-    assert load_checkpoint(tmp_path, other) == 7
+    assert load_checkpoint(tmp_path, other) == (7, {"place": 7})
     assert same_bits(snapshot(other.model), saved)
     assert other.step == 2
     assert [other.update(batch) for batch in batches[2:]] == reports
@@ -61,20 +61,20 @@ def test_round_trip_continues_bit_for_bit(tmp_path: Path) -> None:
 def test_only_the_newest_is_kept(tmp_path: Path) -> None:
     learner = make_learner()
     for step in (2, 9, 10, 100):
-        save_checkpoint(tmp_path, learner, step=step)
+        save_checkpoint(tmp_path, learner, step, {"place": 7})
         assert entries(tmp_path) == [f"step_{step:06d}"]
-    assert load_checkpoint(tmp_path, learner) == 100
+    assert load_checkpoint(tmp_path, learner) == (100, {"place": 7})
 
 
 def test_newest_is_by_number_when_an_older_one_was_left(tmp_path: Path) -> None:
     """A crash between writing the new checkpoint and removing the old one leaves both."""
     learner = make_learner()
-    old = save_checkpoint(tmp_path, learner, step=9)
+    old = save_checkpoint(tmp_path, learner, 9, {"place": 7})
     kept = old.rename(tmp_path / "aside")
-    save_checkpoint(tmp_path, learner, step=10)
+    save_checkpoint(tmp_path, learner, 10, {"place": 7})
     kept.rename(old)
     assert entries(tmp_path) == ["step_000009", "step_000010"]
-    assert load_checkpoint(tmp_path, learner) == 10
+    assert load_checkpoint(tmp_path, learner) == (10, {"place": 7})
 
 
 @pytest.mark.parametrize("broken", ["write_checkpoint", "save"])
@@ -86,7 +86,7 @@ def test_a_crash_while_saving_leaves_the_previous_one(
     learner = make_learner()
     samples = make_samples(learner.model)
     learner.update(samples)
-    save_checkpoint(tmp_path, learner, step=5)
+    save_checkpoint(tmp_path, learner, 5, {"place": 7})
     saved = snapshot(learner.model)
     learner.update(samples)
     reached: list[bool] = []
@@ -97,34 +97,34 @@ def test_a_crash_while_saving_leaves_the_previous_one(
 
     monkeypatch.setattr(torch if broken == "save" else checkpoint_module, broken, crash)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, learner, step=step)
+        save_checkpoint(tmp_path, learner, step, {"place": 7})
     assert reached == [broken == "save"]
     monkeypatch.undo()
 
     assert entries(tmp_path) == ["step_000005"]
     other = make_learner(seed=3)
-    assert load_checkpoint(tmp_path, other) == 5
+    assert load_checkpoint(tmp_path, other) == (5, {"place": 7})
     assert same_bits(snapshot(other.model), saved)
     assert other.step == 1
-    save_checkpoint(tmp_path, learner, step=step)
-    assert load_checkpoint(tmp_path, other) == step
+    save_checkpoint(tmp_path, learner, step, {"place": 7})
+    assert load_checkpoint(tmp_path, other) == (step, {"place": 7})
     assert same_bits(snapshot(other.model), snapshot(learner.model))
 
 
 def test_what_a_killed_process_left_is_ignored(tmp_path: Path) -> None:
     learner = make_learner()
-    save_checkpoint(tmp_path, learner, step=5)
+    save_checkpoint(tmp_path, learner, 5, {"place": 7})
     leftover = tmp_path / "checkpoints" / ".step_000006.new"
     (leftover / "policy").mkdir(parents=True)
     (leftover / "policy" / "config.json").write_text("{")
-    assert load_checkpoint(tmp_path, learner) == 5
-    save_checkpoint(tmp_path, learner, step=6)
+    assert load_checkpoint(tmp_path, learner) == (5, {"place": 7})
+    save_checkpoint(tmp_path, learner, 6, {"place": 7})
     assert entries(tmp_path) == ["step_000006"]
-    assert load_checkpoint(tmp_path, learner) == 6
+    assert load_checkpoint(tmp_path, learner) == (6, {"place": 7})
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, make_learner(), step=1)
+    save_checkpoint(tmp_path, make_learner(), 1, {"place": 7})
     other = Learner(sharp_model(replace(BASE, num_hidden_layers=2)), CONFIG, total_steps=10)
     with pytest.raises(ValueError, match=r"step_000001: \d+ tensors do not fit the model: unexpected model\.layers\.2"):
         load_checkpoint(tmp_path, other)

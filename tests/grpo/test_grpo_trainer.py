@@ -8,6 +8,7 @@
 """
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rollout.engine import EngineConfig, WeightStream
 from rollout.pool import LocalPool
 from rollout.prompts import PromptSource
 from rollout.sample import CompletionGroup, FinishReason, Prompt, SamplingParams
+from rollout.stream import Work
 from rollout.weight_sync import SyncError
 from tests.grpo.test_grpo_samples import make_group
 
@@ -79,7 +81,8 @@ def make_trainer(
     learner: Learner | None = None,
     pool: LocalPool | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
-    on_alarm: Callable[[str], None] = lambda message: None,
+    tell: Callable[[str], None] = lambda message: None,
+    reward: Callable[[Sample], float | None] = even_share,
     lr: float = 1e-2,
     **settings: Any,
 ) -> GRPOTrainer:
@@ -91,12 +94,12 @@ def make_trainer(
         learner or make_learner(policy, lr=lr),
         pool or LocalPool(ENGINE, str(policy)),
         PromptSource(PROMPTS, seed=0),
-        Rubric([even_share]),
+        Rubric([reward]),
         decode,
         STOP,
         run_dir,
         on_step,
-        on_alarm,
+        tell,
     )
 
 
@@ -207,8 +210,10 @@ def test_engines_get_the_learners_weights_before_the_first_token(policy: Path, t
 
 
 class ReversedPool(LocalPool):
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
-        yield from reversed(list(super().generate(prompts, params)))
+    def generate(
+        self, work: Sequence[Work], params: SamplingParams, *, stop: threading.Event | None = None
+    ) -> Iterator[CompletionGroup]:
+        yield from reversed(list(super().generate(work, params, stop=stop)))
 
 
 def test_arrival_order_does_not_change_the_batch(policy: Path, tmp_path: Path) -> None:
@@ -294,8 +299,7 @@ def test_advantages_are_those_of_each_prompt(scale: AdvantageScale, policy: Path
 def test_step_without_samples_leaves_the_weights(policy: Path, tmp_path: Path) -> None:
     """No reward applies: nothing to learn, which the row says, and the run goes on."""
     learner = make_recorder(policy)
-    trainer = make_trainer(policy, tmp_path, learner=learner, steps=2)
-    trainer.rubric = Rubric([lambda sample: None])
+    trainer = make_trainer(policy, tmp_path, learner=learner, steps=2, reward=lambda sample: None)
     before = weights(trainer)
     trainer.run()
     assert learner.batches == []

@@ -4,6 +4,7 @@
 2. In the decoupled form, old log-probabilities are those before a batch's first minibatch.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from grpo.learner import Learner, LearnerConfig
 from grpo.metrics import read_metrics
 from models import load_pretrained
 from rollout.pool import LocalPool
-from rollout.sample import CompletionGroup, Prompt, SamplingParams
+from rollout.sample import CompletionGroup, SamplingParams
+from rollout.stream import Work
 from tests.grpo.test_grpo_trainer import ENGINE, RecordingLearner, make_trainer
 from tests.grpo.test_grpo_trainer import policy as policy
 
@@ -25,10 +27,12 @@ class LouderPool(LocalPool):
 
     calls = 0
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
+    def generate(
+        self, work: Sequence[Work], params: SamplingParams, *, stop: threading.Event | None = None
+    ) -> Iterator[CompletionGroup]:
         self.calls += 1
         shift = 0.2 if self.calls in (2, 3) else 0.0
-        for group in super().generate(prompts, params):
+        for group in super().generate(work, params, stop=stop):
             completions = [replace(c, logprobs=[lp + shift for lp in c.logprobs]) for c in group.completions]
             yield replace(group, completions=completions)
 
@@ -36,7 +40,7 @@ class LouderPool(LocalPool):
 def test_the_alarm_rings_once_and_is_logged(policy: Path, tmp_path: Path) -> None:
     messages: list[str] = []
     pool = LouderPool(ENGINE, str(policy))
-    make_trainer(policy, tmp_path, pool=pool, steps=4, minibatches=2, on_alarm=messages.append).run()
+    make_trainer(policy, tmp_path, pool=pool, steps=4, minibatches=2, tell=messages.append).run()
     rows = read_metrics(tmp_path)
     assert [row["mismatch/alarm"] for row in rows] == [0, 1, 1, 0]
     assert len(messages) == 1 and "KL(sampler || learner) is 0.019 per token, allowed 0.0001" in messages[0]

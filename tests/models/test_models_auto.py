@@ -207,8 +207,8 @@ def test_the_learner_trains_it(tmp_path: Path) -> None:
     after = first.score([x.tolist() for x in sequences()])
     assert reports[0]["policy/kl_to_initial"] < 1e-6 < 1e-3 < reports[1]["policy/kl_to_initial"]
     assert sum(map(sum, after)) > sum(map(sum, before))
-    save_checkpoint(tmp_path, first, step=2)
-    assert load_checkpoint(tmp_path, second) == 2
+    save_checkpoint(tmp_path, first, 2, {"place": 7})
+    assert load_checkpoint(tmp_path, second) == (2, {"place": 7})
     first.update(samples)
     second.update(samples)
     for (name, ours), (_, theirs) in zip(first.named_weights(), second.named_weights(), strict=True):

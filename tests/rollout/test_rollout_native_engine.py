@@ -17,6 +17,7 @@ from transformers import DeepseekV3ForCausalLM as Reference
 
 from models import hf_tensors, save_pretrained
 from rollout.engine import EngineConfig, build_engine
+from rollout.manifest import SyncError
 from rollout.sample import FinishReason, Prompt, SamplingParams
 from tests.models.test_models_parity import CORNERS, sharp_model
 
@@ -129,12 +130,12 @@ def test_new_weights_are_strict_and_versioned(checkpoint: Path) -> None:
     params = SamplingParams(max_tokens=2, stop_token_id=STOP)
     assert engine.generate(make_prompts(1), params)[0].completions[0].version_spans == ((7, 2),)
     lost = "model.layers.1.mlp.experts.3.up_proj.weight"
-    with pytest.raises(ValueError, match=f"missing {lost}"):
+    with pytest.raises(SyncError, match=f"missing {lost}"):
         engine.load_weights(((n, t) for n, t in hf_tensors(other) if n != lost), version=8)
-    with pytest.raises(ValueError, match=r"unexpected model\.extra"):
+    with pytest.raises(SyncError, match=r"unexpected model\.extra"):
         engine.load_weights([*hf_tensors(other), ("model.extra", torch.zeros(1))], version=8)
-    with pytest.raises(ValueError, match="given twice lm_head"):
+    with pytest.raises(SyncError, match="given twice lm_head"):
         engine.load_weights([*hf_tensors(other), ("lm_head.weight", other.lm_head.weight)], version=8)
-    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \[2\], the config needs \[97, 64\]"):
+    with pytest.raises(SyncError, match=r"lm_head\.weight has shape \[2\], the engine needs \[97, 64\]"):
         wrong = ((n, torch.zeros(2) if n == "lm_head.weight" else t) for n, t in hf_tensors(other))
         engine.load_weights(wrong, version=8)

@@ -10,13 +10,16 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import ray
 
 from models import hf_tensors, save_pretrained
 from rollout.engine import EngineConfig
+from rollout.native_engine import NativeEngine
 from rollout.pool import EnginePool, LocalPool, build_pool
+from rollout.probe import ProbeAnswer
 from rollout.prompts import PromptSource
 from rollout.ray_pool import RayPool
 from rollout.sample import Prompt, SamplingParams
@@ -33,7 +36,8 @@ def test_ray_pool_equals_local_pool(tmp_path: Path) -> None:
     save_pretrained(model, tmp_path / "model")
     prompts = make_prompts(20)
     engine = EngineConfig(kind="native", transport="ray", num_engines=2, max_model_len=64, max_num_seqs=8)
-    local = LocalPool(EngineConfig(kind="native", transport="local", max_model_len=64), str(tmp_path / "model"))
+    local_config = EngineConfig(kind="native", transport="local", max_model_len=64)
+    local = LocalPool(local_config, str(tmp_path / "model"))
     remote = build_pool(engine, str(tmp_path / "model"))
     try:
         for version, weights in ((0, None), (1, other)):
@@ -48,7 +52,11 @@ def test_ray_pool_equals_local_pool(tmp_path: Path) -> None:
             sequences = [prompt.token_ids for prompt in prompts]
             first, second = remote.score(sequences)
             assert first == second
-            assert push_weights(local, hf_tensors(weights or model), version, sequences, first, 1e-5) < 1e-5
+            learner = NativeEngine(local_config, str(tmp_path / "model"))
+            learner.load_weights(hf_tensors(weights or model), version)
+            for pool in (local, remote):
+                drift = push_weights(pool, hf_tensors(weights or model), version, sequences, learner.score, 1e-5)
+                assert drift is not None and drift < 1e-5
     finally:
         remote.close()
 
@@ -98,18 +106,30 @@ def test_memory_stays_flat_over_500_steps(tmp_path: Path) -> None:
 
 
 class FixedScores(LocalPool):
-    """A pool whose engines answer every probe with the scores given."""
+    """A pool whose engines answer every probe with the scores given, for [1, 2, 3] or for 2, 3 decoded after 1."""
 
-    def __init__(self, scores: list[list[list[float]]]) -> None:
-        self._scores = scores
+    def __init__(self, scores: list[list[list[float]]], decoded: bool) -> None:
+        right = [[-1.0, -2.0]]
+        self._answers = [
+            ProbeAnswer(right if decoded else wrong, [[1, 2, 3]], wrong if decoded else right) for wrong in scores
+        ]
+        self.calls: list[str] = []
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
-        return self._scores
+    def probe(self, sequences: Sequence[Sequence[int]]) -> list[ProbeAnswer]:
+        self.calls.append("probe")
+        return self._answers
 
     def load_weights(self, weights: object, version: int) -> None:
-        pass
+        self.calls.append("load")
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        self.calls.append(f"wake {part}")
+
+    def reject_weights(self, reason: str) -> None:
+        self.calls.append("reject")
 
 
+@pytest.mark.parametrize("decoded", [False, True], ids=["scored", "decoded"])
 @pytest.mark.parametrize(
     ("engines", "failing"),
     [
@@ -119,15 +139,23 @@ class FixedScores(LocalPool):
         ([[[-1.0, float("-inf")]]], 0),
     ],
 )
-def test_every_engine_must_pass_the_probe(engines: list[list[list[float]]], failing: int | None) -> None:
-    def push() -> float:
-        return push_weights(FixedScores(engines), [], 4, [[1, 2, 3]], [[-1.0, -2.0]], limit=1e-3)
+def test_every_engine_must_pass_the_probe(engines: list[list[list[float]]], failing: int | None, decoded: bool) -> None:
+    pool = FixedScores(engines, decoded)
 
+    def push(version: int = 4, probe_every: int = 1) -> float | None:
+        return push_weights(pool, [], version, [[1, 2, 3]], lambda sequences: [[-1.0, -2.0]], 1e-3, probe_every)
+
+    order = ["wake weights", "load", "wake kv_cache", "probe"]
     if failing is None:
         assert push() == 0.0
+        assert pool.calls == order
     else:
         with pytest.raises(SyncError, match=f"version 4, engine {failing}"):
             push()
+        assert pool.calls == [*order, "reject"], "engines that failed the probe must not go on"
+    pool.calls.clear()
+    assert push(version=5, probe_every=3) is None, "5 is no multiple of 3"
+    assert pool.calls == order[:-1]
 
 
 def test_probe_sequences_are_fixed_and_cover_the_vocabulary() -> None:
@@ -137,17 +165,29 @@ def test_probe_sequences_are_fixed_and_cover_the_vocabulary() -> None:
     assert len({token for sequence in probe for token in sequence}) > 60
 
 
-def test_prompt_batches_are_stateless_epochs() -> None:
+def test_prompts_are_a_stateless_walk_over_epochs() -> None:
     prompts = make_prompts(10)
     source = PromptSource(prompts, seed=1)
-    batches = [[p.id for p in source.batch(step, 3)] for step in range(6)]
-    assert batches == [[p.id for p in PromptSource(prompts, seed=1).batch(step, 3)] for step in range(6)]
-    for epoch in (batches[:3], batches[3:]):
-        assert len({name for batch in epoch for name in batch}) == 9, "no prompt twice in an epoch"
-    assert batches[:3] != batches[3:]
-    assert batches != [[p.id for p in PromptSource(prompts, seed=2).batch(step, 3)] for step in range(6)]
-    with pytest.raises(ValueError, match="a step needs 11 different prompts, the data has 10"):
-        source.batch(0, 11)
+
+    def walk(source: PromptSource, sizes: list[int]) -> list[str]:
+        place, names = 0, []
+        for size in sizes:
+            taken, place = source.take(place, size)
+            names += [prompt.id for prompt in taken]
+        return names
+
+    twice = walk(source, [5, 5, 10])
+    assert walk(PromptSource(prompts, seed=1), [2, 2, 2, 2, 2, 10]) == twice, "whatever the sizes of the batches"
+    assert set(twice[:10]) == set(twice[10:]) == {prompt.id for prompt in prompts}
+    assert twice[:10] != twice[10:]
+    assert twice != walk(PromptSource(prompts, seed=2), [5, 5, 10])
+    under_way = twice[7:9]
+    taken, place = source.take(7, 8, avoid=under_way)
+    assert len({prompt.id for prompt in taken} | set(under_way)) == 10 and place > 15
+    with pytest.raises(ValueError, match="11 different prompts are needed beside 0 under way, the data has 10"):
+        source.take(0, 11)
+    with pytest.raises(ValueError, match="9 different prompts are needed beside 2 under way"):
+        source.take(0, 9, avoid=under_way)
     with pytest.raises(ValueError, match="prompt id 'p0' occurs twice"):
         PromptSource([prompts[0], prompts[0]], seed=0)
     with pytest.raises(ValueError, match="no prompt"):

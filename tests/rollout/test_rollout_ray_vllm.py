@@ -21,7 +21,7 @@ from models import DeepseekV3Config, DeepseekV3ForCausalLM, RopeParameters, Sequ
 from rollout.engine import EngineConfig, build_engine
 from rollout.pool import EnginePool, build_pool
 from rollout.sample import CompletionGroup, SamplingParams
-from rollout.weight_sync import SyncError, largest_difference, probe_sequences, push_weights
+from rollout.weight_sync import Score, SyncError, largest_difference, probe_sequences, push_weights
 from tests.models.test_models_parity import CORNERS, sharp_model
 from tests.rollout.test_rollout_native_engine import make_prompts
 
@@ -54,10 +54,10 @@ def session(
     pool.close()
 
 
-def native_scores(model: DeepseekV3ForCausalLM, folder: Path, sequences: list[list[int]]) -> list[list[float]]:
+def native_score(model: DeepseekV3ForCausalLM, folder: Path) -> Score:
     """The project's own model, which test_models_parity.py holds equal to transformers."""
     save_pretrained(model, folder)
-    return build_engine(EngineConfig(kind="native", transport="local"), str(folder)).score(sequences)
+    return build_engine(EngineConfig(kind="native", transport="local"), str(folder)).score
 
 
 def generate(pool: EnginePool, params: SamplingParams) -> list[CompletionGroup]:
@@ -124,10 +124,11 @@ def test_weight_updates_a_b_a(session: tuple[EnginePool, DeepseekV3ForCausalLM],
     pool, model_a = session
     model_b = sharp_model(model_a.config, seed=11)
     probe = probe_sequences(make_prompts(4), model_a.config.vocab_size)
-    scores = {name: native_scores(m, tmp_path / name, probe) for name, m in (("a", model_a), ("b", model_b))}
-    assert largest_difference(scores["a"], scores["b"]) > 1, "the two models must differ for this test to mean anything"
+    score = {name: native_score(m, tmp_path / name) for name, m in (("a", model_a), ("b", model_b))}
+    assert largest_difference(score["a"](probe), score["b"](probe)) > 1, "the two models must differ"
     for version, (name, model) in enumerate([("b", model_b), ("a", model_a), ("b", model_b), ("a", model_a)], 1):
-        assert push_weights(pool, hf_tensors(model), version, probe, scores[name], LIMIT) < LIMIT
+        drift = push_weights(pool, hf_tensors(model), version, probe, score[name], LIMIT)
+        assert drift is not None and drift < LIMIT
         params = SamplingParams(num_completions=2, max_tokens=8, stop_token_id=3, seed=version)
         groups = generate(pool, params)
         assert {c.oldest_version for g in groups for c in g.completions} == {version}
@@ -138,19 +139,24 @@ def test_weight_updates_a_b_a(session: tuple[EnginePool, DeepseekV3ForCausalLM],
 def test_a_bad_sync_is_an_error(session: tuple[EnginePool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
     pool, model = session
     probe = probe_sequences(make_prompts(4), model.config.vocab_size)
-    expected = native_scores(model, tmp_path / "model", probe)
+    score = native_score(model, tmp_path / "model")
     lost = "model.layers.1.mlp.experts.3.down_proj.weight"
-    with pytest.raises(Exception, match=rf"{lost}: got None"):
+    with pytest.raises(SyncError, match=rf"missing {lost}"):
         pool.load_weights(((n, t) for n, t in hf_tensors(model) if n != lost), version=9)
-    with pytest.raises(Exception, match=r"model\.extra: got \[1\], needs None"):
+    with pytest.raises(SyncError, match="this engine must not sample"):
+        generate(pool, SamplingParams(max_tokens=1, stop_token_id=3))
+    with pytest.raises(SyncError, match=r"unexpected model\.extra"):
         pool.load_weights([*hf_tensors(model), ("model.extra", torch.zeros(1))], version=9)
     wrong = ((n, torch.zeros(2) if n == "lm_head.weight" else t) for n, t in hf_tensors(model))
-    with pytest.raises(Exception, match=r"lm_head\.weight: got \[2\], needs \[97, 64\]"):
+    with pytest.raises(SyncError, match=r"lm_head\.weight has shape \[2\], the engine needs \[97, 64\]"):
         pool.load_weights(wrong, version=9)
     stale = ((n, t * 0.5 if n == lost else t) for n, t in hf_tensors(model))
     with pytest.raises(SyncError, match="after the push of version 9, engine 0"):
-        push_weights(pool, stale, 9, probe, expected, LIMIT)
-    assert push_weights(pool, hf_tensors(model), 10, probe, expected, LIMIT) < LIMIT, "a good sync after a bad one"
+        push_weights(pool, stale, 9, probe, score, LIMIT)
+    with pytest.raises(SyncError, match=r"this engine must not sample: after the push of version 9"):
+        generate(pool, SamplingParams(max_tokens=1, stop_token_id=3))
+    drift = push_weights(pool, hf_tensors(model), 10, probe, score, LIMIT)
+    assert drift is not None and drift < LIMIT, "a good sync after a bad one"
 
 
 def test_recorded_experts_are_the_models_own(session: tuple[EnginePool, DeepseekV3ForCausalLM]) -> None:

@@ -27,7 +27,8 @@ from rollout.engine import EngineConfig, build_engine
 from rollout.native_engine import NativeEngine
 from rollout.sample import CompletionGroup, FinishReason, Prompt, SamplingParams
 from rollout.speculative import SpeculativeDecoder, accept
-from rollout.vllm_engine import VLLMEngine, _attention_backend, _config_overrides, _set_environment
+from rollout.vllm_engine import VLLMEngine
+from rollout.vllm_setup import engine_arguments, read_architecture, set_environment
 from tests.models.test_models_parity import CORNERS, sharp_model
 from tests.rollout.test_rollout_native_engine import make_prompts
 
@@ -257,28 +258,18 @@ def test_refusals(random_checkpoint: Path) -> None:
 
 def vllm_greedy(folder: str, prompts: list[Prompt], num_drafts: int) -> tuple[list[list[int]], list[list[float]], int]:
     """Tokens, their log-probabilities, and how many drafts were accepted; runs in a process of its own."""
-    config = EngineConfig(kind="vllm", transport="local", max_model_len=64)
-    _set_environment(config, folder)
+    config = EngineConfig(
+        kind="vllm", transport="local", max_model_len=64, max_num_seqs=len(prompts), record_experts=False
+    )
+    architecture = read_architecture(folder)
+    set_environment(config, architecture)
     import vllm
 
-    backend = _attention_backend(config, folder)
-    llm = vllm.LLM(
-        model=folder,
-        dtype="float32",
-        skip_tokenizer_init=True,
-        max_model_len=64,
-        max_num_seqs=len(prompts),
-        enforce_eager=True,
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=8192,
-        enable_prefix_caching=False,
-        distributed_executor_backend="uni",
-        disable_log_stats=False,
-        hf_overrides=_config_overrides(folder),
-        attention_backend=backend,
-        # Without its own setting the drafter takes AMX_MLA on CPUs that have AMX, and that knows no float32.
-        speculative_config={"method": "mtp", "num_speculative_tokens": num_drafts, "attention_backend": backend},
-    )
+    arguments: Any = engine_arguments(config, folder, architecture) | {"disable_log_stats": False}
+    # Without its own setting the drafter takes AMX_MLA on CPUs that have AMX, and that knows no float32.
+    backend = arguments["attention_backend"]
+    drafts = {"method": "mtp", "num_speculative_tokens": num_drafts, "attention_backend": backend}
+    llm = vllm.LLM(speculative_config=drafts, **arguments)
     params = vllm.SamplingParams(
         temperature=0, max_tokens=30, stop_token_ids=[STOP], ignore_eos=True, logprobs=0, detokenize=False
     )
