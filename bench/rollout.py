@@ -1,7 +1,7 @@
 """Sampled tokens per second: bare `LLM.generate`, our vLLM engine around it, and our pool of Ray actors, in one run.
 
-    python bench/rollout.py                                                       # CPU, float32, the quickstart's shape
-    python bench/rollout.py --preset 16b-a3b --layers 8 --device cuda --dtype bfloat16 --prompts 32 --max-tokens 512
+    python -m bench.rollout                                                       # CPU, float32, the quickstart's shape
+    python -m bench.rollout --preset 16b-a3b --layers 8 --device cuda --dtype bfloat16 --prompts 32 --max-tokens 512
 
 All get the same requests (prompts, number of completions, lengths, temperature) and the same random weights, written
 once to a temporary folder. `--bare-seeds` gives vLLM's own requests a seed each, as ours have; without it its sampler
@@ -27,10 +27,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from models import find_config, save_pretrained
-from models.transformer import DeepseekV3ForCausalLM
+from models import build_model, find_config, save_pretrained
 from rewards import Rubric, Sample, reward
 from rollout.engine import EngineConfig, build_engine
 from rollout.pool import build_pool
@@ -43,11 +40,7 @@ STOP = 1
 def write_model(options: argparse.Namespace, folder: Path) -> None:
     config = find_config(options.preset).with_vocabulary(options.vocabulary, bos=None, eos=STOP, pad=0)
     config = replace(config, num_nextn_predict_layers=0, num_hidden_layers=options.layers or config.num_hidden_layers)
-    with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(config)
-    model = model.to(getattr(torch, options.dtype)).to_empty(device=options.device)
-    model.init_weights(0)
-    save_pretrained(model, folder)
+    save_pretrained(build_model(config, seed=0, dtype=getattr(torch, options.dtype), device=options.device), folder)
 
 
 def make_prompts(options: argparse.Namespace) -> list[Prompt]:

@@ -1,8 +1,8 @@
 """How long new weights take from a learner to an engine in another process, and the copy rate of the device beside it.
 
-    python bench/weight_sync.py --preset tiny                                          # CPU, shared memory
-    python bench/weight_sync.py --preset 16b-a3b --device cuda --dtype bfloat16        # GPU, CUDA IPC, our own model
-    python bench/weight_sync.py --preset 16b-a3b --device cuda --dtype bfloat16 --engine vllm
+    python -m bench.weight_sync --preset tiny                                          # CPU, shared memory
+    python -m bench.weight_sync --preset 16b-a3b --device cuda --dtype bfloat16        # GPU, CUDA IPC, our own model
+    python -m bench.weight_sync --preset 16b-a3b --device cuda --dtype bfloat16 --engine vllm
 
 The learner's model is in this process, the engine in a second one on the same device, without Ray. A round is a whole
 sync as in training, after every parameter has changed: manifest, staging buffer, checks on arrival, loading, reading

@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from rollout.engine import EngineConfig, WeightStream
 from rollout.pool import EnginePool
 from rollout.probe import ProbeAnswer
-from rollout.ray_actor import EngineActor, RemoteEngine, stack_of, start_engines, start_ray
+from rollout.ray_actor import EngineActor, RemoteEngine, check_room, stack_of, start_engines, start_ray
 from rollout.ray_weights import RayWeights, post_to
 from rollout.sample import FinishReason, SamplingParams
 from rollout.stream import Request, Sampled, outcome
@@ -39,6 +39,7 @@ class RayPool(EnginePool):
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             start_ray(config.num_engines)
+        check_room(config)
         self._config, self._model, self._report = config, model, report
         self._call = 0
         self._clock = 0.0
