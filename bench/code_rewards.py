@@ -20,8 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from rewards.code_grade import CodeGrader
 from rewards.code_task import CodeResult, CodeTask, task_from_row
 from rewards.sandbox_limits import Limits

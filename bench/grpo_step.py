@@ -49,7 +49,7 @@ def write_checkpoint(options: argparse.Namespace, folder: Path) -> None:
     else:
         sizes = (
             {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 16} if options.shape == "tiny" else
+             "num_key_value_heads": 2, "head_dim": 64} if options.shape == "tiny" else
             {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
              "num_key_value_heads": 8, "head_dim": 128}
         )  # fmt: skip
@@ -106,7 +106,9 @@ def run_ours(options: argparse.Namespace, folder: str) -> None:
         phases = {
             name.removeprefix("seconds/"): round(value, 2) for name, value in metrics.items() if "seconds/" in name
         }
-        print(f"step {step}: {seconds[-1]:.2f} s {phases} mismatch kl {metrics.get('mismatch/kl', 0):.2e}", flush=True)
+        print(
+            f"step {step}: {seconds[-1]:.2f} s {phases} mismatch kl {metrics.get('mismatch/kl_k3', 0):.2e}", flush=True
+        )
 
     with tempfile.TemporaryDirectory() as out:
         rubric = Rubric([reward])

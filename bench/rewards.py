@@ -9,14 +9,11 @@ import gzip
 import json
 import random
 import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.math_mutations import hostile, perturbed
 from rewards.math_answer import read_gold

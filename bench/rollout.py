@@ -118,8 +118,9 @@ def ours(
 def measure(options: argparse.Namespace, kind: str, model: str) -> list[float]:
     """Tokens per second of each repetition, after one to warm up."""
     config = EngineConfig(
-        dtype=options.dtype, max_model_len=options.length + options.max_tokens, max_num_seqs=options.max_num_seqs
-    )
+        dtype=options.dtype, max_model_len=options.length + options.max_tokens, max_num_seqs=options.max_num_seqs,
+        placement="separate",
+    )  # fmt: skip
     torch.set_num_threads(config.num_threads)
     params = SamplingParams(num_completions=options.completions, max_tokens=options.max_tokens, stop_token_id=STOP)
     rates = []
@@ -161,7 +162,7 @@ def main() -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         for _ in range(options.rounds):
             for kind in kinds:
-                command = [sys.executable, *sys.argv, "--run", kind, f"{folder}/model"]
+                command = [sys.executable, "-m", "bench.rollout", *sys.argv[1:], "--run", kind, f"{folder}/model"]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode != 0:
                     raise SystemExit(f"{kind} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

@@ -40,7 +40,7 @@ def install_seeded_sampler(worker: Any) -> bool:
         places = [length - extra["start"] for length, extra in zip(lengths, extras, strict=True)]
         logprobs_BV = logits_BV.log_softmax(-1, dtype=torch.float32)
         draws_B = uniforms(seeds, places, 1).squeeze(1).to(logits_BV.device, non_blocking=True)
-        return choose(logprobs_BV.exp().double(), draws_B), logprobs_BV
+        return choose(logprobs_BV.exp(), draws_B), logprobs_BV
 
     draw.forward = seeded_draw
     return True
