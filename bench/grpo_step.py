@@ -86,6 +86,7 @@ def run_ours(options: argparse.Namespace, folder: str) -> None:
     engine = EngineConfig(
         kind=options.engine, transport="local", dtype=options.dtype, max_model_len=longest,
         max_num_seqs=options.prompts * options.group, gpu_memory_share=options.vllm_memory,
+        sleep_while_learning=False,
     )  # fmt: skip
     pool = build_pool(engine, folder)
     model = from_pretrained(folder, dtype=getattr(torch, options.dtype), device=options.device)
@@ -94,6 +95,7 @@ def run_ours(options: argparse.Namespace, folder: str) -> None:
     config = TrainerConfig(
         steps=options.steps, prompts_per_step=options.prompts, completions_per_prompt=options.group,
         max_tokens=options.tokens, log_groups_every=0, save_every=options.steps + 1, probe_limit=options.probe_limit,
+        probe_every=10 if options.device == "cuda" else 1,
     )  # fmt: skip
     seconds: list[float] = []
     last = time.perf_counter()

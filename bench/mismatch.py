@@ -58,6 +58,7 @@ def sample(folder: Path, options: argparse.Namespace, vocabulary: int) -> list[C
     config = EngineConfig(
         kind=options.engine, transport="local", dtype=options.dtype,
         max_model_len=options.prompt_tokens + options.max_tokens,
+        max_num_seqs=min(128, options.prompts * options.completions), sleep_while_learning=False,
     )  # fmt: skip
     engine = build_engine(config, str(folder))
     params = SamplingParams(

@@ -6,7 +6,8 @@
 All get the same requests (prompts, number of completions, lengths, temperature) and the same random weights, written
 once to a temporary folder. `--bare-seeds` gives vLLM's own requests a seed each, as ours have; without it its sampler
 draws for all rows at once, which is its fastest. The pool's rewards run in a thread while it generates. Each is a
-process of its own, since one holds the GPU; `--rounds` of them in turn, and the median counts.
+process of its own, since one holds the GPU; `--rounds` of them in turn, and the median counts. `--kinds together` times
+bare vLLM and our local pool with rewards in turn in one process, around the same `LLM`.
 """
 
 import argparse
@@ -29,11 +30,11 @@ import torch
 
 from models import build_model, find_config, save_pretrained
 from rewards import Rubric, Sample, reward
-from rollout.engine import EngineConfig, build_engine
-from rollout.pool import build_pool
+from rollout.engine import EngineConfig
+from rollout.pool import EnginePool, LocalPool, build_pool
 from rollout.sample import CompletionGroup, Prompt, SamplingParams
 
-KINDS = ("native", "bare", "engine", "pool")
+KINDS = ("native", "bare", "engine", "pool", "together")
 STOP = 1
 
 
@@ -63,73 +64,80 @@ def score(group: CompletionGroup, rubric: Rubric) -> None:
     rubric.score_groups([[Sample(prompt="", completion=text) for text in texts]])
 
 
-@contextmanager
-def bare(options: argparse.Namespace, config: EngineConfig, model: str) -> Iterator[Callable[[SamplingParams], int]]:
-    """vLLM by itself, started with the settings of our engine."""
-    engine: Any = build_engine(replace(config, kind="vllm", transport="local"), model)
+def run_bare(options: argparse.Namespace, engine: Any, params: SamplingParams) -> int:
+    """`LLM.generate` of vLLM by itself, started with the settings of our engine; its own draw, not ours."""
     import vllm
 
-    llm, prompts = engine.llm, make_prompts(options)
-    if hasattr(engine, "_draws_are_ours") and engine._draws_are_ours:
-        sampler = llm.llm_engine.model_executor.driver_worker.worker.model_runner.sampler.topk_topp_sampler
-        sampler.__init__(sampler.logprobs_mode)  # its own draw again
+    sampler = getattr(engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner, "sampler", None)
+    sampler = getattr(sampler, "topk_topp_sampler", None)
+    ours = getattr(sampler, "forward", None)
+    if engine._draws_are_ours:
+        sampler.__init__(sampler.logprobs_mode)
+    prompts = make_prompts(options)
+    requests: list[Any] = [{"prompt_token_ids": p.token_ids} for p in prompts for _ in range(options.completions)]
+    seeds = [params.seed_of(p.id, i) for p in prompts for i in range(options.completions)]
+    own = [
+        vllm.SamplingParams(
+            temperature=1.0, max_tokens=options.max_tokens, stop_token_ids=[STOP], ignore_eos=True, logprobs=0,
+            detokenize=False, seed=seed if options.bare_seeds else None,
+        )
+        for seed in seeds
+    ]  # fmt: skip
+    outputs = engine.llm.generate(requests, own, use_tqdm=False)
+    if engine.recorder is not None:
+        for output in outputs:
+            engine.recorder.forget(output.request_id)
+    if engine._draws_are_ours:
+        sampler.forward = ours
+    return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    def run(params: SamplingParams) -> int:
-        requests: list[Any] = [{"prompt_token_ids": p.token_ids} for p in prompts for _ in range(options.completions)]
-        seeds = [params.seed_of(p.id, i) for p in prompts for i in range(options.completions)]
-        own = [
-            vllm.SamplingParams(
-                temperature=1.0, max_tokens=options.max_tokens, stop_token_ids=[STOP], ignore_eos=True, logprobs=0,
-                detokenize=False, seed=seed if options.bare_seeds else None,
-            )
-            for seed in seeds
-        ]  # fmt: skip
-        return sum(len(output.outputs[0].token_ids) for output in llm.generate(requests, own, use_tqdm=False))
 
-    yield run
-    engine.close()
+def run_pool(options: argparse.Namespace, pool: EnginePool, params: SamplingParams, rubric: Rubric | None) -> int:
+    """Our pool; with a rubric, the rewards run in a thread while it generates, and are waited for."""
+    tokens, scored = 0, []
+    with ThreadPoolExecutor(1) as thread:
+        for group in pool.generate(make_prompts(options), params):
+            tokens += group.num_tokens
+            if rubric is not None:
+                scored.append(thread.submit(score, group, rubric))
+        for one in scored:
+            one.result()
+    return tokens
 
 
 @contextmanager
-def ours(
+def runs_of(
     options: argparse.Namespace, config: EngineConfig, model: str, kind: str
-) -> Iterator[Callable[[SamplingParams], int]]:
-    prompts, rubric = make_prompts(options), Rubric([variety])
-    if kind == "pool":
-        pool = build_pool(replace(config, kind="vllm", transport="ray"), model)
-    else:
-        pool = build_pool(replace(config, kind="native" if kind == "native" else "vllm", transport="local"), model)
-
-    def run(params: SamplingParams) -> int:
-        tokens, scored = 0, []
-        with ThreadPoolExecutor(1) as thread:
-            for group in pool.generate(prompts, params):
-                tokens += group.num_tokens
-                if kind == "pool":
-                    scored.append(thread.submit(score, group, rubric))
-            for one in scored:
-                one.result()
-        return tokens
-
-    yield run
+) -> Iterator[dict[str, Callable[[SamplingParams], int]]]:
+    """What to time in one process, by name."""
+    transport = "ray" if kind == "pool" else "local"
+    pool = build_pool(replace(config, kind="native" if kind == "native" else "vllm", transport=transport), model)
+    rubric = Rubric([variety]) if kind in ("pool", "together") else None
+    runs = {kind: lambda params: run_pool(options, pool, params, rubric)}
+    if kind in ("bare", "together"):
+        assert isinstance(pool, LocalPool)
+        engine = pool._engine
+        runs = {"bare": lambda params: run_bare(options, engine, params)} | ({} if kind == "bare" else runs)
+    yield runs
     pool.close()
 
 
-def measure(options: argparse.Namespace, kind: str, model: str) -> list[float]:
-    """Tokens per second of each repetition, after one to warm up."""
+def measure(options: argparse.Namespace, kind: str, model: str) -> dict[str, list[float]]:
+    """Tokens per second of each repetition, after one to warm up; in turn where a process times two."""
     config = EngineConfig(
         dtype=options.dtype, max_model_len=options.length + options.max_tokens, max_num_seqs=options.max_num_seqs,
         placement="separate",
     )  # fmt: skip
     torch.set_num_threads(config.num_threads)
     params = SamplingParams(num_completions=options.completions, max_tokens=options.max_tokens, stop_token_id=STOP)
-    rates = []
-    with bare(options, config, model) if kind == "bare" else ours(options, config, model, kind) as run:
+    with runs_of(options, config, model, kind) as runs:
+        rates: dict[str, list[float]] = {name: [] for name in runs}
         for repetition in range(options.repetitions + 1):
-            started = time.perf_counter()
-            tokens = run(replace(params, seed=repetition))
-            rates.append(tokens / (time.perf_counter() - started))
-    return rates[1:]
+            for name, run in runs.items():
+                started = time.perf_counter()
+                tokens = run(replace(params, seed=repetition))
+                rates[name].append(tokens / (time.perf_counter() - started))
+    return {name: of_run[1:] for name, of_run in rates.items()}
 
 
 def main() -> None:
@@ -153,8 +161,8 @@ def main() -> None:
     if options.run:
         print("RATES", json.dumps(measure(options, *options.run)))
         return
-    kinds = options.kinds or (KINDS if options.device == "cpu" else KINDS[1:])
-    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    kinds = options.kinds or (KINDS[:4] if options.device == "cpu" else KINDS[1:4])
+    rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_model(options, Path(folder) / "model")
         if options.device == "cuda":
@@ -167,7 +175,8 @@ def main() -> None:
                 if done.returncode != 0:
                     raise SystemExit(f"{kind} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
                 line = next(line for line in done.stdout.splitlines() if line.startswith("RATES"))
-                rates[kind].append(statistics.median(json.loads(line.removeprefix("RATES"))))
+                for name, of_run in json.loads(line.removeprefix("RATES")).items():
+                    rates.setdefault(name, []).append(statistics.median(of_run))
     report(rates, options)
 
 

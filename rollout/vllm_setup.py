@@ -65,6 +65,8 @@ def set_environment(config: EngineConfig, architecture: DeepseekV3Config | None)
     }
     if not torch.cuda.is_available() and architecture is not None and not _has_cpu_mla(architecture):
         wanted["VLLM_MLA_DISABLE"] = "1"
+    if not has("records_in_v2", _installed_version()):
+        wanted["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if config.tensor_parallel_size > 1:
         wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to worker processes of our own
     for name, value in wanted.items():

@@ -14,6 +14,10 @@ class Since:
 
 TABLE = {
     "cpu_mla": Since((0, 28), "MLA on CPU raises NotImplementedError; VLLM_MLA_DISABLE=1 computes it as plain heads"),
+    "records_in_v2": Since(
+        (0, 31),
+        "experts are recorded by the V1 model runner alone, whose draws are ours too: it is chosen for all models",
+    ),
     "weight_version": Since((0, 27), "finish_weight_update takes no version; ours alone is recorded"),
 }
 
