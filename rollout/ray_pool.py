@@ -8,6 +8,7 @@ Weights cross as one safetensors buffer in Ray's object store, which actors of o
 """
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -19,17 +20,17 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from safetensors.torch import save
 
 from rollout.engine import EngineConfig, WeightStream
-from rollout.pool import EnginePool
+from rollout.pool import StreamingPool
 from rollout.ray_actor import EngineActor, RemoteEngine, stack_of, start_engines, start_ray
 from rollout.sample import FinishReason, SamplingParams
-from rollout.stream import Request, Sampled, outcome
+from rollout.stream import Inbox, Request, Sampled, outcome
 
 Report = Callable[[str], None]
 _LOGGER = logging.getLogger(__name__)
 
 
-class RayPool(EnginePool):
-    """Implements `rollout.pool.EnginePool` over Ray actors; starts a Ray of its own unless one is running already."""
+class RayPool(StreamingPool):
+    """Implements `rollout.pool.StreamingPool` over Ray actors; starts a Ray of its own unless one is running."""
 
     actor_class: type = EngineActor
 
@@ -48,16 +49,25 @@ class RayPool(EnginePool):
         self.engines: list[RemoteEngine] = start_engines(config, model, range(config.num_engines), self.actor_class)
 
     def stream(
-        self, groups: Sequence[Sequence[Request]], params: SamplingParams, stop: threading.Event | None
+        self,
+        groups: Sequence[Sequence[Request]],
+        params: SamplingParams,
+        stop: threading.Event | None,
+        later: Inbox | None = None,
     ) -> Iterator[Sampled]:
         self._call += 1
         queue = deque(group for group in groups if group)
         tick = min(1.0, self._config.request_timeout_s / 4, self._config.stall_timeout_s / 4)
-        if stop is not None:
-            tick = min(tick, 0.05)  # another thread may set it, which does not wake ray.wait
+        if stop is not None or later is not None:
+            tick = min(tick, 0.05)  # what another thread sets or puts does not wake ray.wait
         is_paused, looked, check_at = False, time.monotonic(), self._clock + tick
         try:
-            while queue or any(engine.waiting for engine in self.engines):
+            while True:
+                is_idle = not queue and not any(engine.waiting for engine in self.engines)
+                if later is not None and (come := later.take(sys.maxsize, wait=is_idle)):
+                    queue.extend([request] for request in come)
+                elif is_idle:
+                    break
                 if stop is not None and stop.is_set() and not is_paused:
                     is_paused = True
                     for engine in self.engines:

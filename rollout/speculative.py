@@ -185,6 +185,6 @@ class SpeculativeDecoder:
             active, ids_BM.tolist(), logprobs_BM, accepted_B.tolist(), strict=True
         ):
             for token, logprob in zip(ids[: accepted + 1], logprobs, strict=False):
-                sample.append(token, logprob, self.params.stop_token_id)
+                sample.append(token, logprob, self.params)
                 if sample.finish_reason is not None:
                     break
