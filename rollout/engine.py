@@ -140,13 +140,14 @@ class Engine(ABC):
         try:
             while not inbox.is_paused:
                 requests = inbox.take(batch.room, wait=len(batch) == 0)
-                if not requests and len(batch) == 0:
+                finished += inbox.passing()
+                if not (requests or finished or len(batch)):
                     break
-                fitting = [request for request in requests if not self._is_full(request)]
+                fitting = [request for request in requests if not self._is_full(request, params)]
                 finished += [
                     outcome(request, [], [], FinishReason.LENGTH, self.version)
                     for request in requests
-                    if self._is_full(request)
+                    if self._is_full(request, params)
                 ]
                 if fitting:
                     batch.admit(fitting)
@@ -162,10 +163,10 @@ class Engine(ABC):
         finally:
             batch.pause()
 
-    def _is_full(self, request: Request) -> bool:
+    def _is_full(self, request: Request, params: SamplingParams) -> bool:
         """Whether what the completion already has, an environment's tokens included, leaves no room for another."""
-        has = request.sampled_token_ids
-        return bool(has) and len(request.prompt_token_ids) + len(has) >= self.max_model_len
+        has = len(request.sampled_token_ids)
+        return has > 0 and (has >= params.max_tokens or len(request.prompt_token_ids) + has >= self.max_model_len)
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
         """One group per prompt, in the order given. Raises ValueError for a prompt that leaves no room to continue."""

@@ -81,6 +81,19 @@ def num_answers(completion: Completion) -> int:
     return sum(version == ENVIRONMENT for version, _ in completion.version_spans)
 
 
+def unanswered(completion: Completion) -> Completion:
+    """The completion without an answer at its end."""
+    version, size = completion.version_spans[-1]
+    if version != ENVIRONMENT:
+        return completion
+    return replace(
+        completion,
+        token_ids=completion.token_ids[:-size],
+        logprobs=completion.logprobs[:-size],
+        version_spans=completion.version_spans[:-1],
+    )
+
+
 def observed(completion: Completion, token_ids: list[int]) -> Completion:
     """The completion with the environment's answer behind it."""
     return replace(

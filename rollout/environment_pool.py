@@ -10,10 +10,10 @@ to them at once.
 import asyncio
 import logging
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from rollout.engine import WeightStream
@@ -26,6 +26,7 @@ from rollout.environment import (
     ending_token_ids,
     num_answers,
     observed,
+    unanswered,
 )
 from rollout.pool import EnginePool, StreamingPool
 from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
@@ -104,13 +105,10 @@ class _Rollout:
         self._owner, self._params, self._stop = owner, params, stop
         self._requests: dict[Key, Request] = {}
         self._states: dict[Key, Any] = {}
+        """Of completions that are not whole."""
         self._inbox = Inbox(stop=stop)
-        """On their way back to the engines."""
-        self._lock = threading.Lock()
-        self._is_stream_over = False
+        """On their way back: requests to the engines, whole completions to the caller."""
         self._num_open = 0
-        self._finished: deque[Sampled] = deque()
-        """Both threads append, the caller's yields."""
         self._steps: list[Future[None]] = []
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(owner.max_concurrent_steps)
@@ -134,26 +132,29 @@ class _Rollout:
             fresh = [[request for request in group if not self._resume(request)] for group in groups]
             if self._num_open == 0:
                 self._inbox.close()
-            for sampled in self._owner.pool.stream(fresh, self._params, self._stop, self._inbox):
-                self._receive(sampled)
-                yield from self._take_finished()
-            with self._lock:
-                self._is_stream_over = True
-            for request in self._inbox.drain():  # answered turns alone, since the stream was paused
-                assert request.so_far is not None
-                self._finish(request.key, request.so_far, FinishReason.PAUSED)
-            for step in self._steps:
-                step.result()
-            yield from self._take_finished()
+            from_engines = self._owner.pool.stream(fresh, self._params, self._stop, self._inbox)
+            for sampled in chain(from_engines, self._left()):
+                if sampled.key in self._states:
+                    self._receive(sampled)
+                    continue
+                self._num_open -= 1
+                if self._num_open == 0:
+                    self._inbox.close()
+                yield sampled
         finally:
             asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             thread.join()
             self._loop.close()
 
-    def _take_finished(self) -> Iterator[Sampled]:
-        while self._finished:
-            yield self._finished.popleft()
+    def _left(self) -> Iterator[Sampled]:
+        """What the engines have not given out because they were stopped."""
+        for step in self._steps:
+            step.result()
+        for request in self._inbox.drain():
+            assert request.so_far is not None, "only answered turns come later"
+            self._finish(request.key, request.so_far, FinishReason.PAUSED)
+        yield from self._inbox.passing()
 
     def _resume(self, request: Request) -> bool:
         """Whether the request was paused between the end of a turn and the answer, which is seen to here."""
@@ -165,8 +166,10 @@ class _Rollout:
     def _receive(self, sampled: Sampled) -> None:
         """What came from an engine: a whole completion, an ended turn, or a token that only looked like its end."""
         completion = sampled.completion
-        if completion.finish_reason in (FinishReason.LENGTH, FinishReason.ERROR):
-            self._finish(sampled.key, completion, completion.finish_reason)
+        if completion.finish_reason is FinishReason.ERROR:
+            self._finish(sampled.key, completion, FinishReason.ERROR)
+        elif completion.finish_reason is FinishReason.LENGTH:
+            self._finish(sampled.key, unanswered(completion), FinishReason.LENGTH)
         elif self._stop.is_set():
             self._finish(sampled.key, completion, FinishReason.PAUSED)
         elif self._has_ended_turn(completion):
@@ -232,24 +235,16 @@ class _Rollout:
         return token_ids
 
     def _send(self, key: Key, completion: Completion) -> None:
-        """Back to the engines, if they still take any."""
-        with self._lock:
-            if not self._is_stream_over:
-                self._inbox.put([replace(self._requests[key], so_far=completion)])
-                return
-        self._finish(key, completion, FinishReason.PAUSED)
+        """Back to the engines."""
+        self._inbox.put([replace(self._requests[key], so_far=completion)])
 
     def _finish(self, key: Key, completion: Completion, reason: FinishReason) -> None:
-        state = self._states.pop(key)
-        if reason is FinishReason.PAUSED:
-            completion = replace(completion, environment_state=state)
+        """Out to the caller."""
         prompt_id, index = key
-        whole = replace(completion, finish_reason=reason)
-        with self._lock:
-            self._finished.append(Sampled(prompt_id=prompt_id, index=index, completion=whole))
-            self._num_open -= 1
-            if self._num_open == 0:
-                self._inbox.close()
+        state = self._states.pop(key)
+        kept = state if reason is FinishReason.PAUSED else None
+        whole = replace(completion, finish_reason=reason, environment_state=kept)
+        self._inbox.pass_on(Sampled(prompt_id=prompt_id, index=index, completion=whole))
 
 
 async def _cancel_others() -> None:

@@ -64,10 +64,12 @@ class RayPool(StreamingPool):
         try:
             while True:
                 is_idle = not queue and not any(engine.waiting for engine in self.engines)
-                if later is not None and (come := later.take(sys.maxsize, wait=is_idle)):
-                    queue.extend([request] for request in come)
-                elif is_idle:
+                come = later.take(sys.maxsize, wait=is_idle) if later else []
+                passing = later.passing() if later else []
+                if is_idle and not come and not passing:
                     break
+                queue.extend([request] for request in come)
+                yield from passing
                 if stop is not None and stop.is_set() and not is_paused:
                     is_paused = True
                     for engine in self.engines:

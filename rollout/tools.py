@@ -177,8 +177,9 @@ def _value(node: ast.expr) -> Number:
 
 
 def _combined(op: type[ast.operator], left: Number, right: Number) -> Number:
-    # Everything else is quick for numbers of bounded size; a power has at least this many bits.
-    is_whole = isinstance(left, int) and isinstance(right, int)
-    if op is ast.Pow and is_whole and (left.bit_length() - 1) * right > _MAX_BITS:
-        raise ToolError("the result is too large")
+    # Everything else is quick for numbers of bounded size.
+    if op is ast.Pow and isinstance(left, int) and isinstance(right, int):
+        least_bits = (left.bit_length() - 1) * right
+        if least_bits > _MAX_BITS:
+            raise ToolError("the result is too large")
     return _BINARY[op](left, right)
