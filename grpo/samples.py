@@ -25,6 +25,7 @@ def reward_samples(groups: Sequence[CompletionGroup], decode: Decode, step: int)
                 prompt=group.prompt.text.removesuffix(group.prompt.prefill),
                 completion=group.prompt.prefill + next(texts),
                 completion_ids=tuple(completion.token_ids),
+                observations=tuple(decode(completion.observations)),
                 finish_reason=completion.finish_reason.value,
                 row=group.prompt.row,
                 group_id=group.prompt.id,

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 
 
@@ -106,6 +107,13 @@ class Completion:
     def newest_version(self) -> int:
         """Of the weights that sampled its last token; it needs one."""
         return next(version for version, _ in reversed(self.version_spans) if version != ENVIRONMENT)
+
+    @property
+    def observations(self) -> list[list[int]]:
+        """Tokens of each of the environment's answers."""
+        ends = accumulate(size for _, size in self.version_spans)
+        spans = zip(self.version_spans, ends, strict=True)
+        return [self.token_ids[end - size : end] for (version, size), end in spans if version == ENVIRONMENT]
 
     @property
     def versions(self) -> list[int]:
