@@ -38,7 +38,8 @@ _LOGGER = logging.getLogger(__name__)
 class EnvironmentPool(EnginePool):
     """A pool whose completions call `environment`.
 
-    A completion ends: with the reason `stop`, when the environment says done or after a stop token in its last turn;
+    A completion ends: with the reason `stop`, when the environment says done or after a stop token in its last turn, or
+    as its last possible token;
     `length`, when `max_tokens` (which counts the environment's tokens too) or the model's longest sequence is reached,
     when the observation would leave no room for another token and therefore is left out, or when turn `max_turns`
     called the environment, which is not asked then; `error`, when a step raised, took longer than `step_timeout_s` or
@@ -110,7 +111,6 @@ class _Rollout:
         """On their way back: requests to the engines, whole completions to the caller."""
         self._num_open = 0
         self._steps: list[Future[None]] = []
-        self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(owner.max_concurrent_steps)
 
     def begin(self, prompt: Prompt, request: Request) -> Request:
@@ -126,6 +126,7 @@ class _Rollout:
 
     def run(self, groups: Sequence[Sequence[Request]]) -> Iterator[Sampled]:
         """Each completion as it ends, or is paused."""
+        self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="environment", daemon=True)
         thread.start()
         try:
@@ -189,10 +190,9 @@ class _Rollout:
     def _ask(self, key: Key, completion: Completion) -> None:
         """Has the environment answer, unless it is too late for that."""
         is_last = num_answers(completion) + 1 >= self._owner.max_turns
-        if is_last and completion.token_ids[-1] == self._params.stop_token_id:
-            self._finish(key, completion, FinishReason.STOP)
-        elif is_last or len(completion.token_ids) >= self._params.max_tokens:
-            self._finish(key, completion, FinishReason.LENGTH)
+        if is_last or len(completion.token_ids) >= self._params.max_tokens:
+            is_stop = completion.token_ids[-1] == self._params.stop_token_id
+            self._finish(key, completion, FinishReason.STOP if is_stop else FinishReason.LENGTH)
         else:
             self._steps.append(asyncio.run_coroutine_threadsafe(self._step(key, completion), self._loop))
 
@@ -235,8 +235,8 @@ class _Rollout:
         return token_ids
 
     def _send(self, key: Key, completion: Completion) -> None:
-        """Back to the engines."""
-        self._inbox.put([replace(self._requests[key], so_far=completion)])
+        """Back to the engines, before what is not begun, so that groups become complete."""
+        self._inbox.put_first(replace(self._requests[key], so_far=completion))
 
     def _finish(self, key: Key, completion: Completion, reason: FinishReason) -> None:
         """Out to the caller."""

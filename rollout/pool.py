@@ -66,9 +66,9 @@ class StreamingPool(EnginePool):
     ) -> Iterator[Sampled]:
         """Single completions as they finish, one for every request; requests of a group go to the same engine.
 
-        `later`, made with the same `stop`, is for requests that come while this runs, each a group of its own, and for
-        completions to be given out with the others; then this ends when that is closed and all is finished. Once `stop`
-        is set, what comes to `later` may stay in it.
+        `later`, made with the same `stop`, is for requests that come while this runs, each a group of its own and
+        before those that wait, and for completions to be given out with the others; then this ends when that is closed
+        and all is finished. Once `stop` is set, what comes to `later` may stay in it.
         """
 
 

@@ -68,7 +68,7 @@ class RayPool(StreamingPool):
                 passing = later.passing() if later else []
                 if is_idle and not come and not passing:
                     break
-                queue.extend([request] for request in come)
+                queue.extendleft([request] for request in come)
                 yield from passing
                 if stop is not None and stop.is_set() and not is_paused:
                     is_paused = True

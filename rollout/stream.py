@@ -130,6 +130,11 @@ class Inbox:
             self._waiting.extend(requests)
             self._changed.notify()
 
+    def put_first(self, request: Request) -> None:
+        with self._changed:
+            self._waiting.appendleft(request)
+            self._changed.notify()
+
     def pass_on(self, sampled: Sampled) -> None:
         """For a completion that is whole without the loop, which only gives it out, at once and with its own."""
         with self._changed:

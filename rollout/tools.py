@@ -39,7 +39,7 @@ class ToolError(Exception):
 class Tools:
     """Implements `rollout.environment.Environment`; without state."""
 
-    turn_ends = (_END,)
+    turn_ends: tuple[str, ...] = (_END,)
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
         """`tools` by the name that calls them."""

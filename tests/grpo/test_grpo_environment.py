@@ -42,7 +42,7 @@ def test_the_sample_by_hand() -> None:
     (seen, *_) = reward_samples([group], decode, step=0)[0]
     assert (seen.prompt, seen.completion, seen.finish_reason) == ("go", "a![1:2]b", "stop")
     assert seen.observations == ("[1:2]",)
-    (alone, *_) = reward_samples([scripted_group("[1:2]!")], decode, step=0)[0]
+    (alone, *_) = reward_samples([scripted_group("[1:2]!", "b$")], decode, step=0)[0]
     assert alone.observations == ("[1:6]",), "not what the policy wrote"
 
 

@@ -157,6 +157,7 @@ def test_a_transcript_by_hand() -> None:
         (["a!", "bc"], {"max_tokens": 7}, "a!", "length"),
         (["a!", "bc"], {"max_tokens": 2}, "a!", "length"),
         (["a!!"], {"max_tokens": 1}, "a", "length"),
+        (["ab$"], {"max_tokens": 3}, "ab", "stop"),
     ],
 )
 def test_budget_and_turns(script: list[str], settings: dict[str, int], text: str, reason: str) -> None:
@@ -170,10 +171,13 @@ def test_budget_and_turns(script: list[str], settings: dict[str, int], text: str
     assert max_tokens != 2 or not asked, "nobody is asked what has no room"
 
 
-def test_logprobs_are_those_of_one_pass_over_the_transcript(checkpoint: str) -> None:
-    environment = Counting(rounds=3)
-    groups = list(wrap(LocalPool(CONFIG, checkpoint), environment).generate(PROMPTS, PARAMS))
-    model, answers = sharp_model(CORNERS["groups"]), 0
+@pytest.mark.parametrize("num_drafts", [0, 1])
+def test_logprobs_are_those_of_one_pass_over_the_transcript(num_drafts: int, tmp_path: Path) -> None:
+    environment, answers = Counting(rounds=3), 0
+    model = sharp_model(replace(CORNERS["groups"], num_nextn_predict_layers=num_drafts))
+    save_pretrained(model, tmp_path / "model")
+    engines = LocalPool(replace(CONFIG, num_speculative_tokens=num_drafts), str(tmp_path / "model"))
+    groups = list(wrap(engines, environment).generate(PROMPTS, PARAMS))
     assert sorted(group.prompt.id for group in groups) == [prompt.id for prompt in PROMPTS]
     for group in groups:
         for completion in group.completions:
