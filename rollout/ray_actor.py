@@ -31,7 +31,7 @@ from rollout.stream import Inbox, Key, Request, Sampled
 START_TIMEOUT_S = 1200.0
 """Longest time for a place in the cluster and for loading the model."""
 STACK_TIMEOUT_S = 20.0
-COLLECT_S = 0.02
+COLLECT_S = 0.05
 """Finished completions travel together for so long: an object of Ray costs a millisecond, a tiny model's step two."""
 
 
@@ -159,12 +159,29 @@ class RemoteEngine:
         remove_placement_group(self.place)
 
 
+def bundle_of(config: EngineConfig) -> dict[str, float]:
+    """What one engine takes of a host."""
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    return {"CPU": 1.0} | ({"GPU": float(config.tensor_parallel_size)} if has_gpus else {})
+
+
+def check_room(config: EngineConfig) -> None:
+    """Raises ValueError if the cluster as it is cannot hold all engines."""
+    bundle, whole = bundle_of(config), ray.cluster_resources()
+    lacking = [name for name, amount in bundle.items() if whole.get(name, 0) < amount * config.num_engines]
+    if lacking:
+        raise ValueError(
+            f"num_engines={config.num_engines} need {bundle} each, the cluster has "
+            f"{ {name: whole.get(name, 0) for name in bundle} }; lower it or add hosts"
+        )
+
+
 def start_engines(config: EngineConfig, model: str, indices: Sequence[int], actor_class: type) -> list[RemoteEngine]:
     """Engines at places of their own. Raises RuntimeError if the cluster has no room for one in START_TIMEOUT_S."""
-    gpus = config.tensor_parallel_size if ray.cluster_resources().get("GPU", 0) else 0
-    bundle = {"CPU": 1.0} | ({"GPU": float(gpus)} if gpus else {})
+    bundle = bundle_of(config)
     # A colocated learner's rank takes the other half of the GPU, in the same placement group.
-    claimed = 0.5 if gpus and config.placement == "colocated" else gpus
+    gpus = bundle.get("GPU", 0.0)
+    claimed = gpus / 2 if config.placement == "colocated" else gpus
     threads = str(config.num_threads)
     # Thread counts are read when the process starts; KMP_BLOCKTIME=0 lets idle OpenMP threads sleep at once.
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "KMP_BLOCKTIME": "0"}

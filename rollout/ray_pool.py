@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from rollout.engine import EngineConfig, WeightStream
 from rollout.pool import StreamingPool
-from rollout.ray_actor import EngineActor, RemoteEngine, stack_of, start_engines, start_ray
+from rollout.ray_actor import EngineActor, RemoteEngine, check_room, stack_of, start_engines, start_ray
 from rollout.sample import FinishReason, SamplingParams
 from rollout.stream import Inbox, Request, Sampled, outcome
 
@@ -39,6 +39,7 @@ class RayPool(StreamingPool):
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             start_ray(config.num_engines)
+        check_room(config)
         self._config, self._model, self._report = config, model, report
         self._weights: tuple[Any, int] | None = None
         """What `load_weights` gave the engines last."""

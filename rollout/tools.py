@@ -169,8 +169,7 @@ def _value(node: ast.expr) -> Number:
             value = _combined(type(op), _value(left), _value(right))
         case _:
             raise ToolError(f"{ast.unparse(node)} is not supported; use numbers, parentheses and + - * / // % **")
-    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        raise ToolError("the result is too large")
+    # isfinite raises OverflowError for an integer that no float could hold, which is one of more than 1024 bits.
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise ToolError(f"the value of {ast.unparse(node)} is no finite real number")
     return value

@@ -288,12 +288,14 @@ class Troubled(Counting):
 
 def test_a_failing_step_ends_its_completion(caplog: pytest.LogCaptureFixture) -> None:
     pool = wrap(Scripted("ab!", "c$"), Troubled(turn_ends=("!",), rounds=1), step_timeout_s=0.1)
+    started = time.perf_counter()
     with caplog.at_level(logging.WARNING):
         groups = {group.prompt.id: group for group in pool.generate(PROMPTS, PARAMS)}
     for name in ("p0", "p1", "p2", "p3", "p4"):
         assert {c.finish_reason for c in groups[name].completions} == {FinishReason.ERROR}, name
         assert {decode([c.token_ids])[0] for c in groups[name].completions} == {"ab!"}
     assert {decode([c.token_ids])[0] for c in groups["p5"].completions} == {"ab![1:3]c"}
+    assert time.perf_counter() - started < 5
     assert pool.counters == {"environment/steps": 28, "environment/failed": 12, "environment/timeouts": 8}
     assert caplog.text.count("the shop is closed") >= 4 and caplog.text.count("over 0.1 s for a turn of ('p1', ") == 4
     assert "an observation of no tokens" in caplog.text
@@ -311,8 +313,10 @@ class Waiting(Counting):
     async def work(self, state: dict[str, Any], text: str) -> None:
         self.running += 1
         self.most = max(self.most, self.running)
-        await self.wait(state["prompt"])
-        self.running -= 1
+        try:
+            await self.wait(state["prompt"])
+        finally:
+            self.running -= 1
 
 
 def test_completions_do_not_wait_for_each_other() -> None:
@@ -347,6 +351,7 @@ def test_an_abandoned_call_ends_its_steps() -> None:
     started = time.perf_counter()
     stream.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before and time.perf_counter() - started < 10
+    assert environment.running == 0, "a step goes on"
 
 
 def test_what_can_end_a_turn() -> None:

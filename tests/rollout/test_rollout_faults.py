@@ -180,6 +180,8 @@ def test_a_hung_request_is_begun_again(start: Any, undisturbed: dict[str, list[A
 
 
 def test_an_engine_that_cannot_start_is_an_error(checkpoint: str) -> None:
+    with pytest.raises(ValueError, match=r"num_engines=9 need .'CPU': 1.0. each, the cluster has .'CPU': 3.0."):
+        RayPool(replace(CONFIG, num_engines=9), checkpoint)
     free = ray.available_resources()["CPU"]
     with pytest.raises(RayActorError, match="num_speculative_tokens=1 needs as many prediction modules"):
         RayPool(replace(CONFIG, num_speculative_tokens=1), checkpoint)
