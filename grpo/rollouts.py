@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ import torch
 from rewards import Score
 from rollout.pool import EnginePool
 from rollout.prompts import PromptSource
-from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
+from rollout.sample import ENVIRONMENT, Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
 from rollout.stream import Work
 
 ScoreGroup = Callable[[CompletionGroup, int], list[Score]]
@@ -256,8 +256,9 @@ class Rollouts:
 
 def _unless_too_old(group: CompletionGroup, oldest_version: int) -> Work:
     """The group, or its prompt to begin anew if a token was sampled by weights before `oldest_version`."""
-    versions = [version for completion in group.completions for version, _ in completion.version_spans]
-    return group.prompt if versions and min(versions) < oldest_version else group
+    spans = [span for completion in group.completions for span in completion.version_spans]
+    is_too_old = any(version < oldest_version for version, _ in spans if version != ENVIRONMENT)
+    return group.prompt if is_too_old else group
 
 
 def _id_of(work: Work) -> str:
@@ -265,6 +266,8 @@ def _id_of(work: Work) -> str:
 
 
 def _plain_completion(completion: Completion) -> dict[str, Any]:
+    if completion.environment_state is not None:  # which no checkpoint can hold: begun anew, from the same seed
+        completion = replace(completion, token_ids=[], logprobs=[], version_spans=(), expert_ids=None)
     plain = {name: getattr(completion, name) for name in ("token_ids", "logprobs", "version_spans", "seed")}
     experts = completion.expert_ids
     return plain | {

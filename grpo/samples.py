@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from grpo.advantages import AdvantageScale, group_advantages
 from grpo.batch import TrainingSample
 from rewards import Rubric, Sample, Score
-from rollout.sample import CompletionGroup, FinishReason
+from rollout.sample import ENVIRONMENT, CompletionGroup, FinishReason
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 """Token ids of several completions -> their texts."""
 
 
 def reward_samples(groups: Sequence[CompletionGroup], decode: Decode, step: int) -> list[list[Sample]]:
-    """What the rewards see of each completion. Text that the prompt forced on the model counts as the model's."""
+    """What the rewards see of each completion: all of its text, what an environment wrote in it included. Text that the
+    prompt forced on the model counts as the model's.
+    """
     texts = iter(decode([completion.token_ids for group in groups for completion in group.completions]))
     return [
         [
@@ -23,6 +25,7 @@ def reward_samples(groups: Sequence[CompletionGroup], decode: Decode, step: int)
                 prompt=group.prompt.text.removesuffix(group.prompt.prefill),
                 completion=group.prompt.prefill + next(texts),
                 completion_ids=tuple(completion.token_ids),
+                observations=tuple(decode(completion.observations)),
                 finish_reason=completion.finish_reason.value,
                 row=group.prompt.row,
                 group_id=group.prompt.id,
@@ -52,7 +55,7 @@ def build_samples(
 
     Completions that failed, were not scored, or are the only scored one of their group are left out; the counts say how
     many, as shares of all completions, and how many groups have rewards without spread and therefore teach nothing.
-    `version` is that of the weights that the step begins with.
+    `version` is that of the weights that the step begins with. What an environment wrote is not trained.
     """
     samples: list[TrainingSample] = []
     failed = unscored = flat_groups = 0
@@ -67,11 +70,11 @@ def build_samples(
         for completion, advantage in zip(group.completions, advantages, strict=True):
             if advantage is None:
                 continue
-            lags = [version - sampler for sampler, count in completion.version_spans for _ in range(count)]
+            lags = [0 if sampler == ENVIRONMENT else version - sampler for sampler in completion.versions]
             samples.append(
                 TrainingSample(
                     token_ids=[*prompt_ids, *completion.token_ids],
-                    loss_mask=[False] * len(prompt_ids) + [True] * len(completion.token_ids),
+                    loss_mask=[False] * len(prompt_ids) + [v != ENVIRONMENT for v in completion.versions],
                     sampling_logprobs=[0.0] * len(prompt_ids) + completion.logprobs,
                     advantage=advantage,
                     temperature=temperature,

@@ -17,8 +17,8 @@ from typing import Any
 from rewards.sample import Sample
 
 FIELDS = (
-    "prompt", "completion", "completion_ids", "finish_reason", "truncated", "answer_part", "thinking", "row",
-    "group_id", "index", "step",
+    "prompt", "completion", "completion_ids", "observations", "finish_reason", "truncated", "answer_part", "thinking",
+    "row", "group_id", "index", "step",
 )  # fmt: skip
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of one call."""

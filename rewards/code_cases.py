@@ -16,6 +16,7 @@ import os
 import re
 import select
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from rewards.code_codec import MAX_FRAME_BYTES
@@ -126,6 +127,18 @@ class Conversation:
             check_usage(self._process, self._limits)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """What one run of a program gave; text of its making is in all of it."""
+
+    status: CodeStatus
+    """ok, or why it ended early."""
+    printed: str = ""
+    """Standard output, up to a byte more than the limit; "" where a limit ended the program."""
+    error: str = ""
+    """Why it ended early, shortened."""
+
+
 class CaseRunner:
     """Runs one program on cases, in a new sandbox whenever the last one had to be killed."""
 
@@ -136,19 +149,30 @@ class CaseRunner:
 
     def run(self, case: Case, deadline: float) -> CodeResult:
         """Grade one case; `num_tests` is 1."""
+        output = self.execute(case.stdin, deadline)
+        if output.status is not CodeStatus.OK:
+            return CodeResult(status=output.status, num_tests=1, error=output.error)
+        if len(output.printed) > self._limits.max_output_bytes:
+            return CodeResult(status=CodeStatus.WRONG, num_tests=1, error="too much output")
+        if not same_output(case.expected, output.printed):
+            return CodeResult(status=CodeStatus.WRONG, num_tests=1, error=f"printed {output.printed[:200]!r}")
+        return CodeResult(status=CodeStatus.OK, num_passed=1, num_tests=1)
+
+    def execute(self, stdin: str, deadline: float) -> Output:
+        """Run the program once."""
         case_deadline = min(deadline, time.monotonic() + self._limits.timeout_s)
         try:
             if self._conversation is None:
                 self._start(case_deadline)
             assert self._conversation is not None
-            reply = self._conversation.exchange(case.stdin, case_deadline)
-            return self._judge(case, str(reply["out"]), int(reply["status"]), str(reply["err"]))
+            reply = self._conversation.exchange(stdin, case_deadline)
+            return _output_of(str(reply["out"]), int(reply["status"]), str(reply["err"]))
         except ProgramLimit as limit:
             self.close()
-            return CodeResult(status=limit.status, num_tests=1, error=str(limit))
+            return Output(status=limit.status, error=str(limit))
         except (EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
             self.close()
-            return CodeResult(status=CodeStatus.CRASH, num_tests=1, error=f"the program's process ended {error}")
+            return Output(status=CodeStatus.CRASH, error=f"the program's process ended {error}")
 
     def close(self) -> None:
         """Kill the sandbox."""
@@ -165,13 +189,10 @@ class CaseRunner:
             raise ProgramLimit(CodeStatus.SYNTAX, f"{reply['e']}: {reply.get('m')}"[:300])
         self._conversation = conversation
 
-    def _judge(self, case: Case, printed: str, status: int, error_text: str) -> CodeResult:
-        last_line = error_text.strip().rpartition("\n")[2][:300]
-        if status != 0:
-            kind = CodeStatus.OOM if last_line.startswith("MemoryError") else CodeStatus.CRASH
-            return CodeResult(status=kind, num_tests=1, error=last_line or f"exit status {status}")
-        if len(printed) > self._limits.max_output_bytes:
-            return CodeResult(status=CodeStatus.WRONG, num_tests=1, error="too much output")
-        if not same_output(case.expected, printed):
-            return CodeResult(status=CodeStatus.WRONG, num_tests=1, error=f"printed {printed[:200]!r}")
-        return CodeResult(status=CodeStatus.OK, num_passed=1, num_tests=1)
+
+def _output_of(printed: str, exit_status: int, error_text: str) -> Output:
+    if exit_status == 0:
+        return Output(status=CodeStatus.OK, printed=printed)
+    last_line = error_text.strip().rpartition("\n")[2][:300]
+    kind = CodeStatus.OOM if last_line.startswith("MemoryError") else CodeStatus.CRASH
+    return Output(status=kind, printed=printed, error=last_line or f"exit status {exit_status}")

@@ -20,9 +20,12 @@ class Sample:
     prompt: str
     """The prompt as the engine saw it, chat template included."""
     completion: str
-    """The generated text, without the prompt."""
+    """The generated text, without the prompt; with all that an environment wrote in between."""
     completion_ids: tuple[int, ...] = ()
     """[T] token ids of the completion."""
+    observations: tuple[str, ...] = ()
+    """What an environment, such as a tool, wrote in the completion, in order. The policy can write the same text; only
+    here it is certain who wrote it."""
     finish_reason: str = "stop"
     """Why generation ended, one of `FINISH_REASONS`."""
     row: Mapping[str, Any] = field(default_factory=dict)

@@ -36,12 +36,14 @@ class Running:
     """[tokens, L, K] pieces: the context's experts, and those of each token sampled since but the newest."""
     finish_reason: FinishReason | None = None
 
-    def append(self, token: int, logprob: float, stop_token_id: int) -> None:
+    def append(self, token: int, logprob: float, params: SamplingParams) -> None:
         assert self.finish_reason is None, "a finished completion does not grow"
         self.token_ids.append(token)
         self.logprobs.append(logprob)
-        if token == stop_token_id:
+        if token == params.stop_token_id:
             self.finish_reason = FinishReason.STOP
+        elif token in params.turn_token_ids:
+            self.finish_reason = FinishReason.PAUSED
         elif len(self.token_ids) == self.budget:
             self.finish_reason = FinishReason.LENGTH
 
@@ -188,7 +190,7 @@ class PlainDecoder:
         ids_B = choose(probabilities(logprobs_BV, temperature), next_uniforms(active, 1).squeeze(1))
         logprobs_B = logprobs_BV.gather(1, ids_B[:, None]).squeeze(1)
         for sample, token, logprob in zip(active, ids_B.tolist(), logprobs_B.tolist(), strict=True):
-            sample.append(token, logprob, self.params.stop_token_id)
+            sample.append(token, logprob, self.params)
         self.is_ahead = False
 
     def select(self, rows: Tensor) -> None:

@@ -138,6 +138,8 @@ class Batch(Protocol):
 class Engine(ABC):
     """One copy of the policy that can sample, score and take new weights."""
 
+    max_model_len: int
+    """Longest prompt plus completion, in tokens."""
     version: int = 0
     """Policy version of the weights it holds."""
     steps: int = 0
@@ -159,12 +161,21 @@ class Engine(ABC):
         given = time.monotonic()
         try:
             while not inbox.is_paused:
-                if requests := inbox.take(batch.room, wait=len(batch) == 0):
-                    batch.admit(requests)
-                if len(batch) == 0:
+                requests = inbox.take(batch.room, wait=len(batch) == 0)
+                finished += inbox.passing()
+                if not (requests or finished or len(batch)):
                     break
-                finished += batch.step()
-                self.steps += 1
+                fitting = [request for request in requests if not self._is_full(request, params)]
+                finished += [
+                    outcome(request, [], [], FinishReason.LENGTH, self.version)
+                    for request in requests
+                    if self._is_full(request, params)
+                ]
+                if fitting:
+                    batch.admit(fitting)
+                if len(batch):
+                    finished += batch.step()
+                    self.steps += 1
                 if finished and (len(batch) == 0 or time.monotonic() - given >= collect_s):
                     yield finished
                     finished, given = [], time.monotonic()
@@ -173,6 +184,11 @@ class Engine(ABC):
                 yield left
         finally:
             batch.pause()
+
+    def _is_full(self, request: Request, params: SamplingParams) -> bool:
+        """Whether what the completion already has, an environment's tokens included, leaves no room for another."""
+        has = len(request.sampled_token_ids)
+        return has > 0 and (has >= params.max_tokens or len(request.prompt_token_ids) + has >= self.max_model_len)
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[CompletionGroup]:
         """One group per prompt, in the order given. Raises ValueError for a prompt that leaves no room to continue."""

@@ -21,6 +21,7 @@ from rollout.stream import Inbox, Request, Sampled, Work, assemble, requests_of
 class EnginePool(ABC):
     """What the trainer needs of its engines, wherever they run."""
 
+    @abstractmethod
     def generate(
         self, work: Sequence[Work], params: SamplingParams, *, stop: threading.Event | None = None
     ) -> Iterator[CompletionGroup]:
@@ -30,13 +31,6 @@ class EnginePool(ABC):
         `paused`. Such a group given as `work` later is continued, with the same seeds and what is left of its
         `max_tokens`, under the weights that the engines hold then.
         """
-        yield from assemble(work, params, self.stream([requests_of(one, params) for one in work], params, stop))
-
-    @abstractmethod
-    def stream(
-        self, groups: Sequence[Sequence[Request]], params: SamplingParams, stop: threading.Event | None
-    ) -> Iterator[Sampled]:
-        """Single completions as they finish, one for every request; requests of a group go to the same engine."""
 
     @abstractmethod
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
@@ -72,17 +66,47 @@ class EnginePool(ABC):
         """Stops the engines and the processes they run in; also in the middle of `generate`."""
 
 
-class LocalPool(EnginePool):
+class StreamingPool(EnginePool):
+    """A pool of which single completions can be asked."""
+
+    def generate(
+        self, work: Sequence[Work], params: SamplingParams, *, stop: threading.Event | None = None
+    ) -> Iterator[CompletionGroup]:
+        yield from assemble(work, params, self.stream([requests_of(one, params) for one in work], params, stop))
+
+    @abstractmethod
+    def stream(
+        self,
+        groups: Sequence[Sequence[Request]],
+        params: SamplingParams,
+        stop: threading.Event | None,
+        later: Inbox | None = None,
+    ) -> Iterator[Sampled]:
+        """Single completions as they finish, one for every request; requests of a group go to the same engine.
+
+        `later`, made with the same `stop`, is for requests that come while this runs, each a group of its own and
+        before those that wait, and for completions to be given out with the others; then this ends when that is closed
+        and all is finished. Once `stop` is set, what comes to `later` may stay in it.
+        """
+
+
+class LocalPool(StreamingPool):
     """One engine in this process."""
 
     def __init__(self, config: EngineConfig, model: str) -> None:
         self._engine = build_engine(config, model)
 
     def stream(
-        self, groups: Sequence[Sequence[Request]], params: SamplingParams, stop: threading.Event | None
+        self,
+        groups: Sequence[Sequence[Request]],
+        params: SamplingParams,
+        stop: threading.Event | None,
+        later: Inbox | None = None,
     ) -> Iterator[Sampled]:
-        inbox = Inbox([request for group in groups for request in group], stop)
-        inbox.close()
+        inbox = later or Inbox(stop=stop)
+        inbox.put([request for group in groups for request in group])
+        if later is None:
+            inbox.close()
         for finished in self._engine.stream(inbox, params):
             yield from finished
 
@@ -108,7 +132,7 @@ class LocalPool(EnginePool):
         self._engine.close()
 
 
-def build_pool(config: EngineConfig, model: str) -> EnginePool:
+def build_pool(config: EngineConfig, model: str) -> StreamingPool:
     """Starts the engines of `config` with the checkpoint folder `model`."""
     if config.transport == "local":
         return LocalPool(config, model)

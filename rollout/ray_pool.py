@@ -8,6 +8,7 @@ Weights reach them through ray_weights.py.
 """
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -18,19 +19,19 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from rollout.engine import EngineConfig, WeightStream
-from rollout.pool import EnginePool
+from rollout.pool import StreamingPool
 from rollout.probe import ProbeAnswer
 from rollout.ray_actor import EngineActor, RemoteEngine, check_room, stack_of, start_engines, start_ray
 from rollout.ray_weights import RayWeights, post_to
 from rollout.sample import FinishReason, SamplingParams
-from rollout.stream import Request, Sampled, outcome
+from rollout.stream import Inbox, Request, Sampled, outcome
 
 Report = Callable[[str], None]
 _LOGGER = logging.getLogger(__name__)
 
 
-class RayPool(EnginePool):
-    """Implements `rollout.pool.EnginePool` over Ray actors; starts a Ray of its own unless one is running already."""
+class RayPool(StreamingPool):
+    """Implements `rollout.pool.StreamingPool` over Ray actors; starts a Ray of its own unless one is running."""
 
     actor_class: type = EngineActor
 
@@ -53,16 +54,27 @@ class RayPool(EnginePool):
         return [engine.actor for engine in self.engines]
 
     def stream(
-        self, groups: Sequence[Sequence[Request]], params: SamplingParams, stop: threading.Event | None
+        self,
+        groups: Sequence[Sequence[Request]],
+        params: SamplingParams,
+        stop: threading.Event | None,
+        later: Inbox | None = None,
     ) -> Iterator[Sampled]:
         self._call += 1
         queue = deque(group for group in groups if group)
         tick = min(1.0, self._config.request_timeout_s / 4, self._config.stall_timeout_s / 4)
-        if stop is not None:
-            tick = min(tick, 0.05)  # another thread may set it, which does not wake ray.wait
+        if stop is not None or later is not None:
+            tick = min(tick, 0.05)  # what another thread sets or puts does not wake ray.wait
         is_paused, looked, check_at = False, time.monotonic(), self._clock + tick
         try:
-            while queue or any(engine.waiting for engine in self.engines):
+            while True:
+                is_idle = not queue and not any(engine.waiting for engine in self.engines)
+                come = later.take(sys.maxsize, wait=is_idle) if later else []
+                passing = later.passing() if later else []
+                if is_idle and not come and not passing:
+                    break
+                queue.extendleft([request] for request in come)
+                yield from passing
                 if stop is not None and stop.is_set() and not is_paused:
                     is_paused = True
                     for engine in self.engines:

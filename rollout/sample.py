@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class SamplingParams:
     """Logits are divided by it; 0 picks the most probable token."""
     stop_token_id: int
     """Ends a completion and is part of it."""
+    turn_token_ids: frozenset[int] = frozenset()
+    """Tokens behind which a completion comes back as `paused`; they are part of it. For environment.py."""
     seed: int = 0
     """With the prompt's id and the completion's index it fixes every random draw."""
 
@@ -68,7 +71,11 @@ class FinishReason(StrEnum):
     ERROR = "error"
     """The engine could not finish it; such a completion is counted and never trained on."""
     PAUSED = "paused"
-    """Not ended: the pool was told to stop. `EnginePool.generate` continues it."""
+    """Not ended: the pool was told to stop, or a token of `turn_token_ids` came. `EnginePool.generate` continues it."""
+
+
+ENVIRONMENT = -1
+"""In place of a policy version: these tokens were written by an environment, see environment.py."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,18 +83,21 @@ class Completion:
     """One sampled continuation, with everything recorded that must not be recomputed."""
 
     token_ids: list[int]
-    """[L] sampled tokens, the stop token included when it was emitted."""
+    """[L] sampled tokens, the stop token included when it was emitted, and what an environment wrote between them."""
     logprobs: list[float]
-    """[L] log-probability of each sampled token at the sampling temperature."""
+    """[L] log-probability of each sampled token at the sampling temperature; 0.0 for the environment's."""
     finish_reason: FinishReason
     version_spans: tuple[tuple[int, int], ...]
     """(policy version, number of tokens) in order: which weights sampled which tokens. Version 0 is the checkpoint the
-    engine started from. More than one span where a completion was paused and continued under new weights."""
+    engine started from, ENVIRONMENT no weights at all. More than one span where an environment answered, or where a
+    completion was paused and continued under new weights."""
     seed: int
     """Seed of its random draws."""
     expert_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
     """[prompt + L - 1, layers with experts, K] experts that each token but the last used, see router_replay.py; None
     if they were not recorded or there are none."""
+    environment_state: Any = field(default=None, compare=False, repr=False)
+    """Of a paused completion, what its environment needs to go on."""
 
     def __post_init__(self) -> None:
         sizes = len(self.token_ids), len(self.logprobs), sum(size for _, size in self.version_spans)
@@ -96,12 +106,24 @@ class Completion:
     @property
     def oldest_version(self) -> int:
         """Of the weights that sampled its first token; it needs one."""
-        return self.version_spans[0][0]
+        return self.version_spans[0][0]  # the first turn is the policy's
 
     @property
     def newest_version(self) -> int:
         """Of the weights that sampled its last token; it needs one."""
-        return self.version_spans[-1][0]
+        return next(version for version, _ in reversed(self.version_spans) if version != ENVIRONMENT)
+
+    @property
+    def observations(self) -> list[list[int]]:
+        """Tokens of each of the environment's answers."""
+        ends = accumulate(size for _, size in self.version_spans)
+        spans = zip(self.version_spans, ends, strict=True)
+        return [self.token_ids[end - size : end] for (version, size), end in spans if version == ENVIRONMENT]
+
+    @property
+    def versions(self) -> list[int]:
+        """[L] the policy version that sampled each token, or ENVIRONMENT."""
+        return [version for version, size in self.version_spans for _ in range(size)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

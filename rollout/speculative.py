@@ -199,7 +199,7 @@ class SpeculativeDecoder:
         logprobs_BM = logprobs_BMV.gather(2, ids_BM[..., None]).squeeze(2).tolist()
         for row, (sample, ids) in enumerate(zip(active, ids_BM.tolist(), strict=True)):
             for j in range(int(accepted_B[row]) + 1):
-                sample.append(ids[j], logprobs_BM[row][j], self.params.stop_token_id)
+                sample.append(ids[j], logprobs_BM[row][j], self.params)
                 if experts_TLK is not None:
                     given = row * len(ids) + j
                     sample.experts.append(experts_TLK[given : given + 1])

@@ -122,6 +122,7 @@ class Inbox:
     def __init__(self, requests: Iterable[Request] = (), stop: threading.Event | None = None) -> None:
         """Setting `stop` pauses a loop that is at work; only `pause` also wakes one that waits."""
         self._waiting = deque(requests)
+        self._passing: list[Sampled] = []
         self._changed = threading.Condition()
         self._is_closed = False
         self._stop = stop or threading.Event()
@@ -136,6 +137,17 @@ class Inbox:
             self._waiting.extend(requests)
             self._changed.notify()
 
+    def put_first(self, request: Request) -> None:
+        with self._changed:
+            self._waiting.appendleft(request)
+            self._changed.notify()
+
+    def pass_on(self, sampled: Sampled) -> None:
+        """For a completion that is whole without the loop, which only gives it out, at once and with its own."""
+        with self._changed:
+            self._passing.append(sampled)
+            self._changed.notify()
+
     def close(self) -> None:
         """Nothing comes any more."""
         with self._changed:
@@ -148,13 +160,19 @@ class Inbox:
             self._changed.notify()
 
     def take(self, most: int, *, wait: bool) -> list[Request]:
-        """Up to `most` requests; with `wait`, none only if the inbox is closed or paused."""
+        """Up to `most` requests; with `wait`, none only if the inbox is closed or paused, or something is passing."""
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: self._waiting or self._is_closed or self.is_paused)
+                self._changed.wait_for(lambda: self._waiting or self._passing or self._is_closed or self.is_paused)
             if self.is_paused:
                 return []
             return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+
+    def passing(self) -> list[Sampled]:
+        """What has been passed on since."""
+        with self._changed:
+            passing, self._passing = self._passing, []
+            return passing
 
     def drain(self) -> list[Request]:
         """All that is left."""

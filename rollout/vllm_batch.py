@@ -27,7 +27,7 @@ class VLLMBatch:
         return len(self._running)
 
     def admit(self, requests: Sequence[Request]) -> None:
-        check_prompt_lengths(requests, self._engine.config.max_model_len)
+        check_prompt_lengths(requests, self._engine.max_model_len)
         for request in requests:
             name = f"{request.prompt_id}/{request.index}"
             tokens = {"prompt_token_ids": request.prompt_token_ids + request.sampled_token_ids}
@@ -39,13 +39,14 @@ class VLLMBatch:
         for output in self._core.step():
             request, _ = self._running.pop(output.request_id)
             only = output.outputs[0]
-            reason = only.finish_reason
+            # It says "stop" for every token that it was told to stop at.
+            reason = "paused" if only.token_ids[-1] in self._params.turn_token_ids else only.finish_reason
             finished.append(
                 outcome(
                     request,
                     list(only.token_ids),
                     list(only.logprobs.logprobs),
-                    FinishReason(reason) if reason in ("stop", "length") else FinishReason.ERROR,
+                    FinishReason(reason) if reason in ("stop", "length", "paused") else FinishReason.ERROR,
                     self._engine.version,
                     self._engine.recorder.take(output) if self._engine.recorder else None,
                 )

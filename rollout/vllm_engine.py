@@ -46,6 +46,7 @@ class VLLMEngine(WeightReceiver, Engine):
 
         register_backend()
         self.config = config
+        self.max_model_len = config.max_model_len
         self._vllm = vllm
         self._final_only = RequestOutputKind.FINAL_ONLY
         self._updating = False
@@ -71,7 +72,7 @@ class VLLMEngine(WeightReceiver, Engine):
         return self._vllm.SamplingParams(
             temperature=params.temperature,
             max_tokens=params.max_tokens - len(request.sampled_token_ids),
-            stop_token_ids=[params.stop_token_id],
+            stop_token_ids=[params.stop_token_id, *params.turn_token_ids],
             ignore_eos=True,  # the stop token is stated, not taken from a config file
             logprobs=0,  # the sampled token's alone
             flat_logprobs=True,

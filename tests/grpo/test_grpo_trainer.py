@@ -21,7 +21,8 @@ from grpo.advantages import AdvantageScale, group_advantages
 from grpo.batch import TrainingSample
 from grpo.learner import Learner, LearnerConfig
 from grpo.metrics import read_metrics
-from grpo.trainer import GRPOTrainer, TrainerConfig, batch_metrics
+from grpo.step_report import batch_metrics
+from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import DeepseekV3Config, DeepseekV3ForCausalLM, hf_tensors, load_pretrained, save_pretrained
 from rewards import Rubric, Sample, Score, ScoreStatus
 from rollout.engine import EngineConfig, WeightStream

@@ -31,7 +31,7 @@ def run(name: str, environment: dict[str, str], *arguments: object) -> str:
 
 
 def test_every_example_is_tested_here() -> None:
-    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03"]
+    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03", "04"]
 
 
 def test_custom_reward_shows_three_verdicts(environment: dict[str, str]) -> None:
@@ -64,6 +64,16 @@ def test_grpo_by_hand_learns_to_count(environment: dict[str, str]) -> None:
     assert len(rewards) == 20
     assert rewards[0] < 0.2 and rewards[-1] > 0.8, rewards
     assert "0 -> 1 2 3" in lines[20], "greedy decoding continues the count"
+
+
+def test_tools_learns_to_call_the_calculator(environment: dict[str, str]) -> None:
+    lines = run("04", environment).splitlines()
+    rewards = [float(line.split()[3]) for line in lines if line.startswith("step")]
+    assert len(rewards) == 60
+    assert rewards[0] < 0.1 and rewards[-1] > 0.6, rewards
+    call, answer = lines[60:62]
+    assert call.startswith('policy       <tool name="calculator">') and call.endswith("</tool>")
+    assert re.fullmatch(r"environment  <result>\d+</result>", answer)
 
 
 def test_evaluate_checkpoint_on_rows_of_a_file(environment: dict[str, str], base: Path) -> None:

@@ -5,7 +5,7 @@ Pinned: (1) sampled log-probabilities equal transformers' within 1e-4 at tempera
 (3) after updates A -> B -> A the engine scores as the model it was given, within 1e-4; (4) a tensor that is missing,
 unexpected or misshapen is an error that names it; (5) wrong values in one expert are caught by the probe; (6) seeds fix
 the samples, as in the native engine, also when they are paused and continued, prompts run in pieces or with others;
-(7) recorded experts are the model's own.
+(7) recorded experts are the model's own; (8) and the same when an environment answers between turns.
 """
 
 import importlib.util
@@ -19,10 +19,11 @@ import torch
 
 from models import DeepseekV3Config, DeepseekV3ForCausalLM, RopeParameters, SequenceLayout, hf_tensors, save_pretrained
 from rollout.engine import EngineConfig, build_engine
-from rollout.pool import EnginePool, build_pool
-from rollout.sample import CompletionGroup, SamplingParams
+from rollout.pool import LocalPool, StreamingPool, build_pool
+from rollout.sample import ENVIRONMENT, CompletionGroup, SamplingParams
 from rollout.weight_sync import Score, SyncError, largest_difference, probe_sequences, push_weights
 from tests.models.test_models_parity import CORNERS, sharp_model
+from tests.rollout.test_rollout_environment import STOP, Counting, by_prompt, wrap
 from tests.rollout.test_rollout_native_engine import make_prompts
 
 pytestmark = [
@@ -38,7 +39,7 @@ MLA_CONFIG = replace(
 LIMIT = 1e-4
 
 
-def start(config: DeepseekV3Config, folder: Path) -> tuple[EnginePool, DeepseekV3ForCausalLM]:
+def start(config: DeepseekV3Config, folder: Path) -> tuple[StreamingPool, DeepseekV3ForCausalLM]:
     model = sharp_model(config)
     save_pretrained(model, folder / "model")
     engines = EngineConfig(kind="vllm", transport="ray", max_model_len=64, max_num_seqs=64)
@@ -48,7 +49,7 @@ def start(config: DeepseekV3Config, folder: Path) -> tuple[EnginePool, DeepseekV
 @pytest.fixture(scope="module", params=[CONFIG, MLA_CONFIG], ids=["mha", "mla"])
 def session(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[EnginePool, DeepseekV3ForCausalLM]]:
+) -> Iterator[tuple[StreamingPool, DeepseekV3ForCausalLM]]:
     pool, model = start(request.param, tmp_path_factory.mktemp("vllm"))
     yield pool, model
     pool.close()
@@ -60,14 +61,14 @@ def native_score(model: DeepseekV3ForCausalLM, folder: Path) -> Score:
     return build_engine(EngineConfig(kind="native", transport="local"), str(folder)).score
 
 
-def generate(pool: EnginePool, params: SamplingParams) -> list[CompletionGroup]:
+def generate(pool: StreamingPool, params: SamplingParams) -> list[CompletionGroup]:
     by_id = {group.prompt.id: group for group in pool.generate(make_prompts(6), params)}
     return [by_id[prompt.id] for prompt in make_prompts(6)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_sampling_equals_the_model(
-    session: tuple[EnginePool, DeepseekV3ForCausalLM], tmp_path: Path, temperature: float
+    session: tuple[StreamingPool, DeepseekV3ForCausalLM], tmp_path: Path, temperature: float
 ) -> None:
     pool, model = session
     save_pretrained(model, tmp_path / "model")
@@ -101,7 +102,7 @@ def score_at_temperature(
     return scores
 
 
-def test_seeds_fix_the_samples(session: tuple[EnginePool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
+def test_seeds_fix_the_samples(session: tuple[StreamingPool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
     pool, model = session
     save_pretrained(model, tmp_path / "model")
     native = build_engine(EngineConfig(kind="native", transport="local"), str(tmp_path / "model"))
@@ -116,11 +117,29 @@ def test_seeds_fix_the_samples(session: tuple[EnginePool, DeepseekV3ForCausalLM]
     assert tokens(list(pool.generate(paused, params))) == expected
 
 
+def test_an_environment_between_turns(session: tuple[StreamingPool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
+    pool, model = session
+    save_pretrained(model, tmp_path / "model")
+    native = LocalPool(EngineConfig(kind="native", transport="local", max_model_len=64), str(tmp_path / "model"))
+    params = SamplingParams(num_completions=4, max_tokens=40, stop_token_id=STOP, seed=2)
+    multi_turn, expected = wrap(pool, Counting(rounds=3)), wrap(native, Counting(rounds=3))
+    groups = list(multi_turn.generate(make_prompts(6), params))
+    assert by_prompt(groups) == by_prompt(list(expected.generate(make_prompts(6), params)))
+    mask = [[v != ENVIRONMENT for v in c.versions] for group in groups for c in group.completions]
+    recorded = [completion.logprobs for group in groups for completion in group.completions]
+    scores = [
+        [score * is_ours for score, is_ours in zip(of_one, ours, strict=True)]
+        for of_one, ours in zip(score_at_temperature(model, groups, 1.0), mask, strict=True)
+    ]
+    assert sum(not is_ours for ours in mask for is_ours in ours) > 100
+    assert largest_difference(scores, recorded) < LIMIT
+
+
 def tokens(groups: list[CompletionGroup]) -> dict[str, list[list[int]]]:
     return {group.prompt.id: [completion.token_ids for completion in group.completions] for group in groups}
 
 
-def test_weight_updates_a_b_a(session: tuple[EnginePool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
+def test_weight_updates_a_b_a(session: tuple[StreamingPool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
     pool, model_a = session
     model_b = sharp_model(model_a.config, seed=11)
     probe = probe_sequences(make_prompts(4), model_a.config.vocab_size)
@@ -136,7 +155,7 @@ def test_weight_updates_a_b_a(session: tuple[EnginePool, DeepseekV3ForCausalLM],
         assert largest_difference(score_at_temperature(model, groups, 1.0), recorded) < LIMIT, "decoding is stale"
 
 
-def test_a_bad_sync_is_an_error(session: tuple[EnginePool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
+def test_a_bad_sync_is_an_error(session: tuple[StreamingPool, DeepseekV3ForCausalLM], tmp_path: Path) -> None:
     pool, model = session
     probe = probe_sequences(make_prompts(4), model.config.vocab_size)
     score = native_score(model, tmp_path / "model")
@@ -159,7 +178,7 @@ def test_a_bad_sync_is_an_error(session: tuple[EnginePool, DeepseekV3ForCausalLM
     assert drift is not None and drift < LIMIT, "a good sync after a bad one"
 
 
-def test_recorded_experts_are_the_models_own(session: tuple[EnginePool, DeepseekV3ForCausalLM]) -> None:
+def test_recorded_experts_are_the_models_own(session: tuple[StreamingPool, DeepseekV3ForCausalLM]) -> None:
     """Both ways of attention; the arrays cross process borders. The tests above leave the engine with `model`."""
     pool, model = session
     for group in generate(pool, SamplingParams(num_completions=3, max_tokens=9, stop_token_id=3, seed=8)):
