@@ -13,6 +13,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,19 @@ class HangingActor(EngineActor):
             yield finished
 
 
+class HeldActor(EngineActor):
+    """Begins to answer when there is no file `hold` beside the model any more."""
+
+    def __init__(self, config: EngineConfig, model: str) -> None:
+        super().__init__(config, model)
+        self.marker = Path(model) / "hold"
+
+    def stream(self, *args: Any) -> Iterator[Any]:
+        while self.marker.exists():
+            time.sleep(0.01)
+        yield from super().stream(*args)
+
+
 class DyingActor(EngineActor):
     def stream(self, *args: Any) -> Iterator[Any]:
         os._exit(3)
@@ -163,6 +177,10 @@ class DyingActor(EngineActor):
 
 class HangingPool(RayPool):
     actor_class = HangingActor
+
+
+class HeldPool(RayPool):
+    actor_class = HeldActor
 
 
 class DyingPool(RayPool):
@@ -197,12 +215,24 @@ def test_giving_up(start: Any) -> None:
         list(harness.pool.generate(PROMPTS, PARAMS))
 
 
-def test_a_lost_node(start: Any, undisturbed: dict[str, list[Any]], nodes: Any) -> None:
+def test_a_lost_node(start: Any, undisturbed: dict[str, list[Any]], nodes: Any, checkpoint: str) -> None:
     cluster, others = nodes
-    harness = start()
+    harness = start(CONFIG, HeldPool)
     used = [engine.address.node_id for engine in harness.pool.engines]
     assert len(set(used)) == 2, "one engine per node"
     lost = next(node for node in used if node in others)
-    assert harness.run(lambda: cluster.remove_node(others[lost], allow_graceful=False)) == undisturbed
+    hold = Path(checkpoint) / "hold"
+    hold.touch()
+
+    def lose_a_node() -> None:
+        while not all(engine.waiting for engine in harness.pool.engines):
+            time.sleep(0.01)
+        cluster.remove_node(others[lost], allow_graceful=False)
+        hold.unlink()
+
+    with ThreadPoolExecutor(1) as thread:
+        losing = thread.submit(lose_a_node)
+        assert by_prompt(list(harness.pool.generate(PROMPTS, PARAMS))) == undisturbed
+        losing.result()
     assert harness.pool.counters["engine/restarts"] == 1
     assert lost not in [engine.address.node_id for engine in harness.pool.engines]
