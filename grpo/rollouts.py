@@ -55,9 +55,7 @@ class RolloutConfig:
                 f"{self.max_oversampling}, {self.partial_share} and {self.max_policy_lag}"
             )
         if (self.partial_share or self.overlap) and not self.max_policy_lag:
-            raise ValueError(
-                "partial_share and overlap learn from older weights' tokens: set max_policy_lag to 1 or more"
-            )
+            raise ValueError("partial_share and overlap train on tokens of older weights: set max_policy_lag >= 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +149,8 @@ class Rollouts:
 
     def take(self, step: int) -> Batch:
         """The batch of `step`; the steps are taken in order, each once. Raises what sampling or scoring raised."""
+        oldest = step - self.config.max_policy_lag
+        assert self._version >= oldest, f"step {step} needs weights of version {oldest}, engines hold {self._version}"
         last = min(step + self.config.max_policy_lag, self.last_step - 1) if self.config.overlap else step
         while self._next_step <= last:
             self._ahead.append(self._sampler.submit(self._collect, self._next_step))

@@ -14,6 +14,7 @@ Usage: `with WorkerPool(4) as pool: outcome = pool.call(math.factorial, 10, time
 
 import functools
 import itertools
+import logging
 import os
 import pickle
 import queue
@@ -32,6 +33,7 @@ from rewards.server import Server, exchange, is_quiet
 from rewards.worker import CALL, DONE, LAST, LOAD
 
 _KNOWN_FUNCTIONS = 256
+_LOGGER = logging.getLogger(__name__)
 
 
 class CallStatus(StrEnum):
@@ -56,6 +58,8 @@ class Outcome:
     """Wall time from sending the call to the result or the kill, without waiting for a free worker."""
     exception: BaseException | None = None
     """The exception itself, where the function ran in this process (call.py)."""
+    has_died: bool = False
+    """Whether the worker was gone before it answered."""
 
 
 @dataclass(slots=True)
@@ -171,6 +175,16 @@ class WorkerPool:
         return self._free.get()
 
     def _run(self, worker: _Worker, number: int, packed: bytes, request: bytes, timeout_s: float) -> Outcome:
+        """A call whose worker dies is begun once more: killed from outside it shall not cost a sample, and a function
+        that ends its process does so again.
+        """
+        outcome = self._attempt(worker, number, packed, request, timeout_s)
+        if outcome.has_died and not self._closed:
+            _LOGGER.warning("%s; its call is begun again", outcome.error)
+            outcome = self._attempt(worker, number, packed, request, timeout_s)
+        return outcome
+
+    def _attempt(self, worker: _Worker, number: int, packed: bytes, request: bytes, timeout_s: float) -> Outcome:
         started = time.perf_counter()
         loading = False
         try:
@@ -194,7 +208,8 @@ class WorkerPool:
         except (EOFError, OSError) as problem:
             self._discard(worker)
             error = f"the worker died ({problem}): killed from outside, out of memory, a crash, or os._exit"
-            return Outcome(status=CallStatus.ERROR, error=error, seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            return Outcome(status=CallStatus.ERROR, error=error, seconds=seconds, has_died=True)
         seconds = time.perf_counter() - started
         if kind == LAST:
             self._discard(worker)

@@ -26,7 +26,7 @@ from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import DeepseekV3Config, DeepseekV3ForCausalLM, hf_tensors, load_pretrained, save_pretrained
 from rewards import Rubric, Sample, Score, ScoreStatus
 from rollout.engine import EngineConfig, WeightStream
-from rollout.pool import LocalPool
+from rollout.pool import EnginePool, LocalPool
 from rollout.prompts import PromptSource
 from rollout.sample import CompletionGroup, FinishReason, Prompt, SamplingParams
 from rollout.stream import Work
@@ -80,7 +80,7 @@ def make_trainer(
     run_dir: Path,
     *,
     learner: Learner | None = None,
-    pool: LocalPool | None = None,
+    pool: EnginePool | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     tell: Callable[[str], None] = lambda message: None,
     reward: Callable[[Sample], float | None] = even_share,

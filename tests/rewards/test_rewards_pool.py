@@ -39,6 +39,18 @@ def big():
 def crash():
     ctypes.string_at(0)
 
+def slow_at_first(runs):
+    with open(runs, "a") as file:
+        print(os.getpid(), file=file)
+    if len(open(runs).readlines()) == 1:
+        time.sleep(60)
+    return "done"
+
+def crash_and_count(crashes):
+    with open(crashes, "a") as file:
+        file.write("x")
+    os._exit(3)
+
 def leave():
     sys.exit("done")
 
@@ -137,6 +149,25 @@ def test_a_worker_that_dies_at_rest_fails_no_call(functions) -> None:
         os.kill(pool.call(functions.pid, timeout_s=5).value, signal.SIGKILL)
         time.sleep(0.1)
         assert pool.call(math.factorial, 3, timeout_s=5).value == 6
+
+
+def test_a_call_whose_worker_is_killed_is_begun_again(
+    functions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once: a function that ends its own process is not run a third time."""
+    runs = tmp_path / "runs"
+    with WorkerPool(1) as pool, ThreadPoolExecutor(1) as thread:
+        call = thread.submit(pool.call, functions.slow_at_first, str(runs), timeout_s=30)
+        while not runs.exists() or not runs.read_text().endswith("\n"):
+            time.sleep(0.01)
+        os.kill(int(runs.read_text()), signal.SIGKILL)
+        assert call.result().value == "done"
+        first, second = map(int, runs.read_text().split())
+        assert first != second
+        assert [record.message for record in caplog.records if "its call is begun again" in record.message]
+        outcome = pool.call(functions.crash_and_count, str(tmp_path / "crashes"), timeout_s=30)
+        assert outcome.status is CallStatus.ERROR and outcome.has_died
+        assert (tmp_path / "crashes").read_text() == "xx"
 
 
 def test_a_coroutine_is_run_to_its_end(pool: WorkerPool, functions) -> None:
