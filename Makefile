@@ -14,8 +14,8 @@ setup: .venv/.stamp ## .venv from the pinned set, again whenever the set changes
 quickstart: setup ## the tour: train a tiny model until it solves its task
 	$(BIN)/grpo quickstart
 
-test: setup ## CPU, offline
-	$(BIN)/python -m pytest
+test: setup ## CPU, offline; two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint type layers
 

@@ -33,10 +33,8 @@ class PromptSource:
         """
         under_way = set(avoid)
         if count > len(self.prompts) - len(under_way):
-            raise ValueError(
-                f"{count} different prompts are needed beside {len(under_way)} under way, the data has "
-                f"{len(self.prompts)}"
-            )
+            beside = f" beside {len(under_way)} under way" if under_way else ""
+            raise ValueError(f"{count} different prompts are needed{beside}, the data has {len(self.prompts)}")
         taken: list[Prompt] = []
         while len(taken) < count:
             epoch, index = divmod(place, len(self.prompts))

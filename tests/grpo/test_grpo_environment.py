@@ -32,7 +32,7 @@ def scripted_group(*script: str) -> CompletionGroup:
 def test_the_sample_by_hand() -> None:
     group = scripted_group("a!", "b$")
     samples, _ = build_samples(
-        [group], [[Score(value=float(i)) for i in range(4)]], temperature=1.0, scale="none", version=0
+        [group], [[Score(value=float(i)) for i in range(4)]], temperature=1.0, scale="none", version=9
     )
     assert len(samples) == 4
     assert samples[3] == TrainingSample(
@@ -40,6 +40,7 @@ def test_the_sample_by_hand() -> None:
         loss_mask=[False] * 2 + [True] * 2 + [False] * 5 + [True] * 2,
         sampling_logprobs=[0.0] * 2 + [-0.5] * 2 + [0.0] * 5 + [-0.5] * 2,
         advantage=1.5,
+        policy_lags=[0] * 2 + [2] * 2 + [0] * 5 + [2] * 2,
     )
     (seen, *_) = reward_samples([group], decode, step=0)[0]
     assert (seen.prompt, seen.completion, seen.finish_reason) == ("go", "a![1:2]b", "stop")

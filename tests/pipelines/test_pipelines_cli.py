@@ -125,7 +125,10 @@ WRONG_FILES: dict[str, tuple[list[str], list[str]]] = {
     "unknown reward": (["--reward", "math"], ["no reward named 'math'", "math_answer"]),
     "no such function": (["--reward", "mine.py:f"], ["mine.py", "'f'", "functions in it: g"]),
     "weight that is no number": (["--reward", "x*math_answer"], ["'x' before the star is not a number"]),
-    "too few prompts for a step": (["--trainer.prompts-per-step", "9"], ["9 different prompts, the data has 8"]),
+    "too few prompts for a step": (
+        ["--trainer.prompts-per-step", "9"],
+        ["9 different prompts are needed, the data has 8"],
+    ),
     "no prompt fits": (
         ["--engine.max-model-len", "20", "--trainer.max-tokens", "16"],
         ["no prompt fits into 4 tokens", "engine.max_model_len"],

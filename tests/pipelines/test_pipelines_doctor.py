@@ -7,6 +7,7 @@ and a NaN is above it; (4) wrong input is one line.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from pipelines.recipes import zero_ledger
 from pipelines.zero import ZeroConfig, build_learner, prepare
 from rollout.engine import EngineConfig, WeightStream
 from rollout.pool import LocalPool
-from rollout.sample import CompletionGroup, Prompt, SamplingParams
+from rollout.sample import CompletionGroup, SamplingParams
+from rollout.stream import Work
 from tests.pipelines.conftest import grpo
 
 STEPS = 3
@@ -54,15 +56,19 @@ class StalePool(Pool):
 class OtherTemperaturePool(Pool):
     """Samples at another temperature than it was asked for; the probe does not see that."""
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
-        yield from super().generate(prompts, replace(params, temperature=0.8 * params.temperature))
+    def generate(
+        self, work: Sequence[Work], params: SamplingParams, *, stop: threading.Event | None = None
+    ) -> Iterator[CompletionGroup]:
+        yield from super().generate(work, replace(params, temperature=0.8 * params.temperature), stop=stop)
 
 
 class ForgetfulPool(Pool):
     """Records no experts for the first completion of each group."""
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
-        for group in super().generate(prompts, params):
+    def generate(
+        self, work: Sequence[Work], params: SamplingParams, *, stop: threading.Event | None = None
+    ) -> Iterator[CompletionGroup]:
+        for group in super().generate(work, params, stop=stop):
             first, *others = group.completions
             yield replace(group, completions=[replace(first, expert_ids=None), *others])
 
