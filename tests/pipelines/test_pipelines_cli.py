@@ -127,7 +127,7 @@ WRONG_FILES: dict[str, tuple[list[str], list[str]]] = {
     "weight that is no number": (["--reward", "x*math_answer"], ["'x' before the star is not a number"]),
     "too few prompts for a step": (
         ["--trainer.prompts-per-step", "9"],
-        ["9 different prompts are needed, the data has 8"],
+        ["9 different prompts are needed"],
     ),
     "no prompt fits": (
         ["--engine.max-model-len", "20", "--trainer.max-tokens", "16"],
