@@ -205,7 +205,7 @@ class GRPOTrainer:
         with _Clock(self._seconds, "sync"):
             if self.config.rollout.overlap:
                 # An engine that is replaced while the learner works gets these, not what the learner has by then.
-                weights = [(name, tensor.to("cpu", copy=True)) for name, tensor in weights]
+                weights = [(name, tensor.clone()) for name, tensor in weights]
             with self.rollouts.paused():
                 drift = push_weights(
                     self.pool, weights, version, self.probe, self.learner.score, self.config.probe_limit, probe_every
