@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.checkpoint import read_tensors, tensor_shapes
 from rollout.engine import Engine, EngineConfig
-from rollout.manifest import fingerprints
+from rollout.manifest import SyncError, fingerprints
 from rollout.sample import SamplingParams
 from rollout.stream import Request
 from rollout.vllm_batch import VLLMBatch
@@ -59,7 +59,8 @@ class VLLMEngine(WeightReceiver, Engine):
             ExpertRecorder(self.llm, architecture) if config.record_experts and architecture is not None else None
         )
         self.llm.init_weight_transfer_engine({"init_info": {}})
-        self._places = _readable(self.llm, model, self._shapes)
+        is_whole = config.tensor_parallel_size == 1  # one worker, in this process
+        self._places = _readable(self.llm, model, self._shapes) if is_whole else []
         for name, _, read in self._places:
             self._held_dtypes.setdefault(name, set()).add(read().dtype)
         self._draws_are_ours = all(self.llm.collective_rpc(install_seeded_sampler))
@@ -96,6 +97,11 @@ class VLLMEngine(WeightReceiver, Engine):
         ]
 
     def _begin_load(self) -> None:
+        if self.config.tensor_parallel_size > 1:
+            raise SyncError(
+                f"tensor_parallel_size={self.config.tensor_parallel_size}: weights reach one worker only, in this "
+                "process; such an engine samples from its checkpoint, for training set it to 1"
+            )
         if self._updating:  # a sync broke off between two chunks
             self.llm.finish_weight_update()
         self.llm.start_weight_update()

@@ -40,7 +40,8 @@ def make_engine(shares_gpu: bool) -> tuple[Any, list[str]]:
     engine: Any = VLLMEngine.__new__(VLLMEngine)
     shapes = {name: tensor.shape for name, tensor in hf_tensors(MODEL)}
     WeightReceiver.__init__(engine, shapes, MODEL.lm_head.weight.device)
-    engine.llm, engine._vllm, engine.config = FakeLLM(), FakeVLLM(), SimpleNamespace(sleeps=shares_gpu)
+    engine.llm, engine._vllm, engine.config = FakeLLM(), FakeVLLM(), SimpleNamespace()
+    engine.config.sleeps, engine.config.tensor_parallel_size = shares_gpu, 1
     engine._asleep, engine._updating, engine._places = set(), False, []
     return engine, engine.llm.calls
 
@@ -82,3 +83,11 @@ def test_older_versions_are_not_told_the_weights_version(monkeypatch: pytest.Mon
     monkeypatch.setattr(FakeVLLM, "__version__", "0.25.1")
     engine.load_weights(hf_tensors(MODEL), 4)
     assert "finish_weight_update {}" in calls
+
+
+def test_a_model_over_several_gpus_takes_no_new_weights() -> None:
+    engine, calls = make_engine(shares_gpu=False)
+    engine.config.tensor_parallel_size = 2
+    with pytest.raises(SyncError, match=r"tensor_parallel_size=2: .* for training set it to 1"):
+        engine.load_weights(hf_tensors(MODEL), 4)
+    assert calls == []
