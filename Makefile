@@ -15,7 +15,7 @@ quickstart: setup ## the tour: train a tiny model until it solves its task
 	$(BIN)/grpo quickstart
 
 test: setup ## CPU, offline; two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint type layers
 

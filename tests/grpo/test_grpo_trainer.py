@@ -24,7 +24,7 @@ from grpo.metrics import read_metrics
 from grpo.step_report import batch_metrics
 from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import DeepseekV3Config, DeepseekV3ForCausalLM, hf_tensors, load_pretrained, save_pretrained
-from rewards import Rubric, Sample, Score, ScoreStatus
+from rewards import RewardFunction, Rubric, Sample, Score, ScoreStatus
 from rollout.engine import EngineConfig, WeightStream
 from rollout.pool import EnginePool, LocalPool
 from rollout.prompts import PromptSource
@@ -83,7 +83,7 @@ def make_trainer(
     pool: EnginePool | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     tell: Callable[[str], None] = lambda message: None,
-    reward: Callable[[Sample], float | None] = even_share,
+    reward: Callable[[Sample], float | None] | RewardFunction = even_share,
     lr: float = 1e-2,
     **settings: Any,
 ) -> GRPOTrainer:

@@ -7,8 +7,8 @@
 
 import os
 import signal
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from grpo.checkpoint import latest_checkpoint
 from grpo.metrics import read_metrics
 from grpo.rollouts import RolloutConfig
-from rewards import Sample, reward
+from rewards import load_rubric
 from rollout.engine import EngineConfig
 from rollout.ray_pool import RayPool
 from tests.grpo.test_grpo_trainer import make_learner, make_trainer, policy, repeatable, weights
@@ -105,35 +105,45 @@ def test_ctrl_c_finishes_the_step_and_saves(policy: Path, tmp_path: Path) -> Non
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+SLOW_REWARD = """
+import os, time
+from pathlib import Path
+from rewards import reward
+
+FOLDER = Path({folder!r})
+
 @reward(timeout_s=60)
-def slow_even_share(sample: Sample) -> float:
-    """`even_share` in a worker process; says who it is, and takes its time where it is told to."""
-    folder = Path(os.environ["REWARD_WATCH"])
-    (folder / str(os.getpid())).touch()
-    while (folder / "hold").exists():
+def slow_even_share(sample):
+    (FOLDER / str(os.getpid())).touch()
+    while (FOLDER / "hold").exists():
         time.sleep(0.01)
     return sum(token % 2 == 0 for token in sample.completion_ids) / len(sample.completion_ids)
+"""
+"""`even_share` in a worker process; says who it is, and takes its time while there is a file `hold`."""
 
 
-def test_a_killed_reward_worker_loses_no_sample(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_reward_worker_loses_no_sample(policy: Path, tmp_path: Path) -> None:
     watch = tmp_path / "watch"
     watch.mkdir()
-    monkeypatch.setenv("REWARD_WATCH", str(watch))
+    (tmp_path / "slow.py").write_text(SLOW_REWARD.format(folder=str(watch)))
+    (slow_even_share,) = load_rubric([f"{tmp_path}/slow.py:slow_even_share"]).rewards
     undisturbed = make_trainer(policy, tmp_path / "undisturbed", steps=2)
     undisturbed.run()
     (watch / "hold").touch()
 
-    def kill() -> None:
+    def kill() -> int:
+        deadline = time.monotonic() + 60
         while not (workers := [path.name for path in watch.iterdir() if path.name.isdigit()]):
+            assert time.monotonic() < deadline, "no worker has begun"
             time.sleep(0.01)
         os.kill(int(workers[0]), signal.SIGKILL)
         (watch / "hold").unlink()
+        return int(workers[0])
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    disturbed = make_trainer(policy, tmp_path / "disturbed", steps=2, reward=slow_even_share)
-    disturbed.run()
-    killer.join()
+    with ThreadPoolExecutor(1) as thread:
+        killing = thread.submit(kill)
+        make_trainer(policy, tmp_path / "disturbed", steps=2, reward=slow_even_share).run()
+        assert str(killing.result()) in {path.name for path in watch.iterdir()}
 
     def comparable(folder: Path) -> list[dict[str, float]]:
         names = ("reward/mean", "reward/errors", "samples/unscored", "samples/failed", "policy/grad_norm")
