@@ -118,8 +118,8 @@ class GRPOTrainer:
         tell: Callable[[str], None] = _LOG.warning,
     ) -> None:
         """Continues from the newest checkpoint in `run_dir` if there is one."""
-        self.config, self.learner, self.pool, self.prompts = config, learner, pool, prompts
-        self.rubric, self.decode, self.stop_token_id = rubric, decode, stop_token_id
+        self.config, self.learner, self.pool = config, learner, pool
+        self.decode, self.stop_token_id = decode, stop_token_id
         self.run_dir, self.on_step, self.tell = run_dir, on_step, tell
         self.first_step, sampled = load_checkpoint(run_dir, learner)
         self.logger = MetricsLogger(run_dir, resume_from=self.first_step)

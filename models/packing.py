@@ -4,7 +4,7 @@ Every per-token layer works on packed tokens [T, ...]; only attention needs to k
 
     layout = SequenceLayout.from_lengths([5, 3])
     x_BS = layout.pad(x_T)      # [2, 5, ...], right-padded
-    x_T = layout.unpad(x_BS)
+    blocks = layout.split_blocks(x_T)   # for attention: [b, s, ...] of nearly equal lengths; join_blocks goes back
 """
 
 import itertools
@@ -177,11 +177,6 @@ class SequenceLayout:
         if not self.is_rectangular:
             x_T = move_rows(x_T, self.padded_rows_T, num_sequences * longest)
         return x_T.reshape(num_sequences, longest, *x_T.shape[1:])
-
-    def unpad(self, x_BS: Tensor) -> Tensor:
-        """[B, S, ...] -> [T, ...]."""
-        x_rows = x_BS.reshape(-1, *x_BS.shape[2:])
-        return x_rows if self.is_rectangular else take_rows(x_rows, self.padded_rows_T)
 
     def split_blocks(self, x_T: Tensor) -> list[Tensor]:
         """[T, ...] -> one [b, s, ...] for each of `blocks`, with zeros behind each sequence's end."""

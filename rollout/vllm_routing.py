@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models import DeepseekV3Config
 from rollout.router_replay import pack_ids, unrecorded
+from rollout.vllm_versions import has
 
 
 def recording_options(config: DeepseekV3Config, vllm_version: str) -> dict[str, Any]:
@@ -23,9 +24,8 @@ def recording_options(config: DeepseekV3Config, vllm_version: str) -> dict[str, 
     if not torch.cuda.is_available() or not expert_layers(config):
         return {}
     options: dict[str, Any] = {"enable_return_routed_experts": True}
-    major, minor = vllm_version.split(".")[:2]
-    if (int(major), int(minor)) >= (0, 31):
-        options["enable_prefix_caching"] = True  # from 0.31 on vLLM refuses to record without it
+    if has("records_in_v2", vllm_version):
+        options["enable_prefix_caching"] = True  # the V2 runner refuses to record without it
     return options
 
 
