@@ -54,8 +54,8 @@ class EngineConfig:
     sleep_while_learning: bool = True
     """Colocated on a GPU: the engine gives its memory to the learner between rollouts. Off where both have room."""
     tensor_parallel_size: int = 1
-    """GPUs of one host that hold one copy of the model together. Engine `vllm`, placement `separate`; it takes no new
-    weights yet, so above 1 is for evaluation."""
+    """GPUs of one host that hold one copy of the model together. Engine `vllm`, placement `separate`. New weights pass
+    through the host's memory to each of them, and the probe, not a read-back, tells whether they hold them."""
     request_timeout_s: float = 3600.0
     """Longest time from handing a request to an engine until its completion is there; the engine is replaced then."""
     stall_timeout_s: float = 600.0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.checkpoint import read_tensors, tensor_shapes
 from rollout.engine import Engine, EngineConfig
-from rollout.manifest import SyncError, fingerprints
+from rollout.manifest import fingerprints
 from rollout.sample import SamplingParams
 from rollout.stream import Request
 from rollout.vllm_batch import VLLMBatch
@@ -23,7 +23,7 @@ from rollout.vllm_routing import ExpertRecorder
 from rollout.vllm_sampling import install_seeded_sampler, sampling_arguments
 from rollout.vllm_setup import engine_arguments, read_architecture, set_environment
 from rollout.vllm_versions import has
-from rollout.vllm_weight_transfer import BACKEND, register_backend
+from rollout.vllm_weight_transfer import BACKEND
 from rollout.weight_receiver import Held, Part, WeightReceiver
 
 
@@ -36,6 +36,12 @@ class VLLMEngine(WeightReceiver, Engine):
                 f"the engine 'vllm' does not draft tokens here, got num_speculative_tokens="
                 f"{config.num_speculative_tokens}; set it to 0, or use the engine 'native'"
             )
+        is_whole = config.tensor_parallel_size == 1  # one worker, in this process
+        if not is_whole and config.record_experts and not torch.cuda.is_available():
+            raise ValueError(
+                f"tensor_parallel_size={config.tensor_parallel_size} on CPU: experts are recorded by a hook that needs "
+                "the model in one process; set record_experts to False"
+            )
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         super().__init__(tensor_shapes(model), device)
         architecture = read_architecture(model)
@@ -44,7 +50,6 @@ class VLLMEngine(WeightReceiver, Engine):
         from vllm.config import WeightTransferConfig
         from vllm.sampling_params import RequestOutputKind
 
-        register_backend()
         self.config = config
         self.max_model_len = config.max_model_len
         self._vllm = vllm
@@ -59,7 +64,6 @@ class VLLMEngine(WeightReceiver, Engine):
             ExpertRecorder(self.llm, architecture) if config.record_experts and architecture is not None else None
         )
         self.llm.init_weight_transfer_engine({"init_info": {}})
-        is_whole = config.tensor_parallel_size == 1  # one worker, in this process
         self._places = _readable(self.llm, model, self._shapes) if is_whole else []
         for name, _, read in self._places:
             self._held_dtypes.setdefault(name, set()).add(read().dtype)
@@ -97,11 +101,6 @@ class VLLMEngine(WeightReceiver, Engine):
         ]
 
     def _begin_load(self) -> None:
-        if self.config.tensor_parallel_size > 1:
-            raise SyncError(
-                f"tensor_parallel_size={self.config.tensor_parallel_size}: weights reach one worker only, in this "
-                "process; such an engine samples from its checkpoint, for training set it to 1"
-            )
         if self._updating:  # a sync broke off between two chunks
             self.llm.finish_weight_update()
         self.llm.start_weight_update()
@@ -109,6 +108,8 @@ class VLLMEngine(WeightReceiver, Engine):
 
     def _load(self, tensors: list[tuple[str, Tensor]]) -> None:
         self._updating = False  # vLLM ends the update by itself when this raises
+        if self.config.tensor_parallel_size > 1:  # by value to other processes, each of which takes its slices
+            tensors = [(name, tensor.cpu()) for name, tensor in tensors]
         self.llm.update_weights({"update_info": {"tensors": dict(tensors)}})
         self._updating = True
 

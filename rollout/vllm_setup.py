@@ -40,6 +40,7 @@ def engine_arguments(config: EngineConfig, model: str, architecture: DeepseekV3C
         "block_size": _block_size(architecture),
         "enable_prefix_caching": False,
         "tensor_parallel_size": config.tensor_parallel_size,
+        "worker_extension_cls": "rollout.vllm_worker.WorkerExtension",
         "distributed_executor_backend": "uni" if config.tensor_parallel_size == 1 else "mp",
         "disable_log_stats": True,
         "hf_overrides": _config_overrides(architecture),

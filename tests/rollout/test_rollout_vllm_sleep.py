@@ -83,11 +83,3 @@ def test_older_versions_are_not_told_the_weights_version(monkeypatch: pytest.Mon
     monkeypatch.setattr(FakeVLLM, "__version__", "0.25.1")
     engine.load_weights(hf_tensors(MODEL), 4)
     assert "finish_weight_update {}" in calls
-
-
-def test_a_model_over_several_gpus_takes_no_new_weights() -> None:
-    engine, calls = make_engine(shares_gpu=False)
-    engine.config.tensor_parallel_size = 2
-    with pytest.raises(SyncError, match=r"tensor_parallel_size=2: .* for training set it to 1"):
-        engine.load_weights(hf_tensors(MODEL), 4)
-    assert calls == []
