@@ -77,8 +77,8 @@ def main() -> None:
         save_pretrained(model, folder)
         engines = LocalPool(EngineConfig(kind="native", transport="local", max_model_len=32), folder)
     pool = EnvironmentPool(engines, Tools({"calculator": calculator}), encode, decode, MODEL.vocab_size, max_turns=2)
-    # Adam makes a full step of a tiny gradient: once nearly all answers are right, what is left is noise, and a constant
-    # rate of this size can throw the policy away again. So the rate falls, and Adam's memory is short.
+    # Adam makes a full step of a tiny gradient: once nearly all answers are right, what is left is noise, and a
+    # constant rate of this size can throw the policy away again. So the rate falls, and Adam's memory is short.
     config = LearnerConfig(lr=1e-2, lr_decay="cosine", adam_beta2=0.95)
     learner = Learner(model, config, total_steps=STEPS)
     prompt = Prompt(id="0", text="0", token_ids=encode("0"))

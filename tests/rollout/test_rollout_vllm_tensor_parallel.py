@@ -83,7 +83,7 @@ def test_new_weights_reach_every_slice(pool: LocalPool, tmp_path: Any, monkeypat
 
 def test_experts_cannot_be_recorded_in_other_processes_on_cpu(tmp_path: Any) -> None:
     save_pretrained(FIRST, tmp_path)
-    with pytest.raises(ValueError, match="tensor_parallel_size=2 on CPU: .* set record_experts to False"):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2 on CPU: .* set record_experts to False"):
         LocalPool(
             EngineConfig(kind="vllm", transport="local", placement="separate", tensor_parallel_size=2), str(tmp_path)
         )
