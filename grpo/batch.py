@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models import SequenceLayout
-from models.packing import moved
+from models.moves import moved
 from rollout.router_replay import is_recorded
 
 Aggregation = Literal["token", "sequence"]

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.packing import SequenceLayout
+from models.packing import LONGEST_FLASH, SequenceLayout
 
 _KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_LONGEST_FLASH = 2048
 DENSE_NAME = "packed_causal"
 """Under which transformers knows `dense_attention`."""
 
@@ -28,7 +27,8 @@ def causal_attention(q_THX: Tensor, k_THX: Tensor, v_THW: Tensor, layout: Sequen
     attention, which knows no shapes (docs/log.md has the figures).
     """
     half_on_gpu = q_THX.is_cuda and q_THX.dtype in (torch.bfloat16, torch.float16)
-    if half_on_gpu and not layout.is_one_block and max(layout.lengths) <= _LONGEST_FLASH:
+    is_one_length = layout.in_blocks is None and len(layout.lengths) > 1
+    if half_on_gpu and not is_one_length and max(layout.lengths) <= LONGEST_FLASH:
         return _flash_attention(q_THX, k_THX, v_THW, layout, scale)
     out_blocks = []
     for q, k, v in zip(*map(layout.split_blocks, (q_THX, k_THX, v_THW)), strict=True):
@@ -44,12 +44,15 @@ def _flash_attention(q_THX: Tensor, k_THX: Tensor, v_THW: Tensor, layout: Sequen
     """PyTorch's flash attention over packed sequences, for values padded to the width of keys."""
     from torch.nn.attention.varlen import varlen_attn  # CUDA only
 
+    if layout.in_sequences is not None:
+        q_THX, k_THX, v_THW = map(layout.in_sequences.spread, (q_THX, k_THX, v_THW))
     longest, width = max(layout.lengths), v_THW.shape[-1]
     v_THX = F.pad(v_THW, (0, q_THX.shape[-1] - width)) if width < q_THX.shape[-1] else v_THW
     offsets_B, causal = layout.offsets_B, (-1, 0)
     out_THX = varlen_attn(q_THX, k_THX, v_THX, offsets_B, offsets_B, longest, longest, scale=scale, window_size=causal)
     assert isinstance(out_THX, Tensor)
-    return out_THX[..., :width]
+    out_THW = out_THX[..., :width]
+    return out_THW if layout.in_sequences is None else layout.in_sequences.collect(out_THW)
 
 
 def dense_attention(

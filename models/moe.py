@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.config import DeepseekV3Config
 from models.fused import fused
-from models.packing import collect_rows, spread_rows, take_rows
+from models.moves import collect_rows, spread_rows, take_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from models.decoder_layer import PredictionModule
 from models.head import linear_cross_entropy
 from models.moe import MixtureOfExperts, Router, Routing
-from models.packing import SequenceLayout, take_rows
+from models.moves import take_rows
+from models.packing import SequenceLayout
 from models.transformer import DeepseekV3ForCausalLM, ModelOutput
 
 
