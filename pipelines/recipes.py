@@ -16,7 +16,7 @@ def pretrain_ledger() -> PretrainConfig:
 
 
 def zero_ledger() -> ZeroConfig:
-    """The quickstart's RL: 16 prompts x 16 completions, no KL, two minutes on two cores."""
+    """The quickstart's RL: 16 prompts x 16 completions, no KL, an engine for each of two cores."""
     return ZeroConfig(
         model="",
         task="ledger",
@@ -24,7 +24,7 @@ def zero_ledger() -> ZeroConfig:
         out="runs/ledger-zero",
         trainer=TrainerConfig(steps=100, max_tokens=32, save_every=25),
         learner=LearnerConfig(lr=3e-4),
-        engine=EngineConfig(max_model_len=1024),
+        engine=EngineConfig(max_model_len=1024, num_engines=2),
     )
 
 

@@ -172,7 +172,7 @@ def test_the_config_of_the_run_reads_back_equal(base: Path, ledger_run: Path) ->
         num_threads=1,
         reward=("r1_format", "0*thinking_length"),
         trainer=replace(recipe.trainer, steps=2, prompts_per_step=4, completions_per_prompt=4, log_groups_every=1),
-        engine=replace(recipe.engine, kind="native", transport="local"),
+        engine=replace(recipe.engine, kind="native", transport="local", num_engines=1),
     )
     assert read_config(ZeroConfig, ledger_run / "config.json", default=ZeroConfig(model="")) == expected
 

@@ -28,6 +28,7 @@ TINY = (
     "--pretrain.steps", 12, "--pretrain.documents-per-step", 32, "--pretrain.num-threads", 1,
     "--zero.trainer.steps", 2, "--zero.trainer.prompts-per-step", 4, "--zero.trainer.completions-per-prompt", 4,
     "--zero.trainer.log-groups-every", 1, "--zero.num-threads", 1, "--zero.engine.transport", "local",
+    "--zero.engine.num-engines", 1,
 )  # fmt: skip
 STABLE = {
     "accuracy_before", "accuracy_after", "think_before", "think_after", "rollout_tokens_per_s", "learn_tokens_per_s",
