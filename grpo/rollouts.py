@@ -267,12 +267,13 @@ def _id_of(work: Work) -> str:
 
 def _plain_completion(completion: Completion) -> dict[str, Any]:
     if completion.environment_state is not None:  # which no checkpoint can hold: begun anew, from the same seed
-        completion = replace(completion, token_ids=[], logprobs=[], version_spans=(), expert_ids=None)
+        completion = replace(completion, token_ids=[], logprobs=[], version_spans=(), expert_ids=None, kept_ids=None)
     plain = {name: getattr(completion, name) for name in ("token_ids", "logprobs", "version_spans", "seed")}
     experts = completion.expert_ids
     return plain | {
         "finish_reason": completion.finish_reason.value,
         "expert_ids": None if experts is None else torch.from_numpy(experts),
+        "kept_ids": None if completion.kept_ids is None else [torch.from_numpy(ids) for ids in completion.kept_ids],
     }
 
 
@@ -281,5 +282,6 @@ def _completion(plain: dict[str, Any]) -> Completion:
     changed = {
         "finish_reason": FinishReason(plain["finish_reason"]),
         "expert_ids": None if experts is None else experts.numpy(),
+        "kept_ids": None if plain["kept_ids"] is None else tuple(ids.numpy() for ids in plain["kept_ids"]),
     }
     return Completion(**(plain | changed))

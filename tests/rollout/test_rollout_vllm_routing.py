@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from grpo.advantages import AdvantageConfig
 from grpo.learner import Learner, LearnerConfig
 from grpo.samples import build_samples
 from models import DeepseekV3Config, SequenceLayout, find_config, hf_tensors, load_pretrained, save_pretrained
@@ -126,7 +127,7 @@ def check_training(engine: VLLMEngine, folder: str) -> None:
         groups = engine.generate(prompts, params)
         assert share_of_other_experts(model, groups) == 0, step
         scores = [[Score(value=float(i % 2)) for i in range(4)] for _ in groups]
-        samples, _ = build_samples(groups, scores, temperature=1.0, scale="std", version=step)
+        samples, _ = build_samples(groups, scores, AdvantageConfig(), temperature=1.0, version=step)
         if step == 20:
             break
         report = learner.update(samples)
