@@ -71,6 +71,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad_N is None for grad_N in grads):
+            return (None,) * 7
         hidden_ND, head_VD, targets_N, temperatures_N, rows_M, ids_M = ctx.saved_tensors
         grad_hidden_ND, grad_head_VD = torch.empty_like(hidden_ND), torch.zeros_like(head_VD)
         for start in range(0, len(hidden_ND), ctx.chunk_size):
