@@ -171,7 +171,7 @@ class Learner:
         for batch in self._pack(samples):
             on_device = batch.to(self.device)
             logprobs_N, _ = self._logprobs(self.model, self._forward(on_device).hidden_TD, on_device)
-            logprobs_N = logprobs_N.cpu()
+            logprobs_N = logprobs_N.float().cpu()
             for place in batch.samples_N.unique().tolist():
                 trained_L = torch.tensor(samples[place].loss_mask)
                 old[place][trained_L] = logprobs_N[batch.samples_N == place]
