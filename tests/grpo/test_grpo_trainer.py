@@ -139,10 +139,20 @@ def test_reward_rises(minibatches: int, policy: Path, tmp_path: Path) -> None:
     assert trainer.learner.step == 20 * minibatches
 
 
-@pytest.mark.parametrize("settings", [{}, {"minibatches": 2, "temperature": 0.8}])
-def test_continued_run_equals_an_uninterrupted_one(settings: dict[str, Any], policy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "reference"),
+    [
+        ({}, {}),
+        ({"minibatches": 2, "temperature": 0.8, "top_p": 0.9}, {"reference_every": 3}),
+        ({"advantages": AdvantageConfig(baseline="leave_one_out", scale="none")}, {"kl_in": "reward"}),
+    ],
+)
+def test_continued_run_equals_an_uninterrupted_one(
+    settings: dict[str, Any], reference: dict[str, Any], policy: Path, tmp_path: Path
+) -> None:
     """Cut off in step 3 of 6, whose row is written but whose checkpoint is not: the newest one is of step 2."""
-    penalty: dict[str, Any] = {"lr": 1e-2, "lr_decay": "cosine", "objective": ObjectiveConfig(kl_coef=0.05)}
+    objective = ObjectiveConfig(kl_coef=0.05, **reference)
+    penalty: dict[str, Any] = {"lr": 1e-2, "lr_decay": "cosine", "objective": objective}
     whole = make_trainer(policy, tmp_path / "whole", learner=make_learner(policy, **penalty), **settings)
     whole.run()
     cut = make_trainer(
