@@ -2,8 +2,8 @@
 
 1. Every policy loss with every aggregation equals a plain loop over samples and tokens, written from the papers.
 2. Loss and gradient equal what TRL's own code gives for the same numbers. Those below were made by calling
-   GRPOTrainer._compute_loss of TRL 1.16.0 on these tensors in float64; each is the loss, then the sums over tokens
-   i = 1, 2, ... of i times the gradient of a token's log-probability, and of its entropy.
+   `_compute_loss` of TRL 1.16.0's GRPOTrainer and GMPOTrainer on these tensors in float64; each is the loss, then the
+   sums over tokens i = 1, 2, ... of i times the gradient of a token's log-probability, and of its entropy.
 3. Scales, positive-example NLL and entropy selection, by hand; what the choice of a token hangs on.
 4. Combinations that have no meaning are refused.
 """
@@ -71,6 +71,7 @@ FROM_TRL = {
         -0.2045071824, -0.4952508688, 0.0),
     "cispo, epsilon_high 1.2": ({"loss": "cispo", "clip_low": 1.0, "clip_high": 0.2}, 0.6413544182, 0.3335403031, 0.0),
     "sapo": ({"loss": "sapo", "aggregation": "sequence"}, -0.4224707816, -0.9595528031, 0.0),
+    "gmpo": ({"loss": "gmpo", "aggregation": "sequence", "clip_high": 0.28}, -0.1079135089, -1.1394440007, 0.0),
     "dapo, off_policy_mask_threshold 0.05": ({**DAPO, "off_policy_delta": 0.05}, -0.4892277379, -0.4728437595, 0.0),
     "dapo, off_policy_mask_threshold 0.3": ({**DAPO, "off_policy_delta": 0.3}, -0.1503576347, 1.8535253972, 0.0),
     "dapo, top_entropy_quantile 0.3": ({**DAPO, "entropy_top_share": 0.3}, -0.2496489897, -1.2332243039, 0.0),

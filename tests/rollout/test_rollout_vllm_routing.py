@@ -173,7 +173,8 @@ def check_kept_tokens(engine: VLLMEngine, folder: str) -> None:
     assert learner.update([replace(s, kept_ids=None) for s in samples])["mismatch/abs_max"] > 0.05
     batch = engine.start_batch(params)
     batch.admit(requests_of(make_prompts(1, CONFIG.vocab_size)[0], params)[:1])
-    batch.step(), batch.step()
+    batch.step()
+    batch.step()
     (paused,) = batch.pause()
     assert paused.completion.kept_ids is not None and len(paused.completion.kept_ids) == 2
 
