@@ -237,8 +237,8 @@ def _pack_kept(samples: Sequence[TrainingSample]) -> KeptTokens | None:
         kept_N += [ids for ids, is_trained in zip(kept_L, sample.loss_mask, strict=True) if is_trained]
     counts_N = torch.tensor([len(ids) for ids in kept_N])
     return KeptTokens(
-        rows_M=torch.arange(len(kept_N)).repeat_interleave(counts_N),
-        ids_M=torch.from_numpy(np.concatenate(kept_N)).long(),
+        rows_J=torch.arange(len(kept_N)).repeat_interleave(counts_N),
+        ids_J=torch.from_numpy(np.concatenate(kept_N)).long(),
     )
 
 

@@ -4,7 +4,7 @@ Where the sampler drew from a part of the vocabulary only (top-p, top-k), both a
 part: the recorded one, not what the learner's own probabilities would keep ("keep sampling mask", DeepSeek-V3.2,
 arXiv:2512.02556 section 3.1).
 
-Shapes: N tokens, D hidden, V vocabulary, M kept tokens of all N places together.
+Shapes: N tokens, D hidden, V vocabulary, J kept tokens of all N places together.
 
     logprobs_N, entropies_N = token_logprobs(hidden_ND, model.lm_head.weight, targets_N, temperatures_N)
 """
@@ -26,10 +26,10 @@ _DROPPED = -1e30  # finite, so that p log p is 0 and not nan
 class KeptTokens:
     """The part of the vocabulary from which each token was drawn."""
 
-    rows_M: Tensor
-    """[M] place among the N tokens; one that does not occur was drawn from the whole vocabulary."""
-    ids_M: Tensor
-    """[M] a token that was kept there."""
+    rows_J: Tensor
+    """[J] place among the N tokens; one that does not occur was drawn from the whole vocabulary."""
+    ids_J: Tensor
+    """[J] a token that was kept there."""
 
     def to(self, device: torch.device) -> "KeptTokens":
         return moved(self, device)
@@ -50,19 +50,19 @@ def token_logprobs(
     Works on `chunk_size` tokens at a time and computes a chunk's logits again in the backward pass, so at most
     [chunk_size, V] logits exist at once.
     """
-    rows_M, ids_M = (None, None) if kept is None else (kept.rows_M, kept.ids_M)
-    return _TokenLogprobs.apply(hidden_ND, head_VD, targets_N, temperatures_N, rows_M, ids_M, chunk_size)  # type: ignore[no-any-return]
+    rows_J, ids_J = (None, None) if kept is None else (kept.rows_J, kept.ids_J)
+    return _TokenLogprobs.apply(hidden_ND, head_VD, targets_N, temperatures_N, rows_J, ids_J, chunk_size)  # type: ignore[no-any-return]
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        hidden_ND, head_VD, targets_N, temperatures_N, rows_M, ids_M, ctx.chunk_size = inputs
+        hidden_ND, head_VD, targets_N, temperatures_N, rows_J, ids_J, ctx.chunk_size = inputs
         chunks = []
         for start in range(0, max(1, len(hidden_ND)), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             logits_NV = hidden_ND[chunk] @ head_VD.t()
-            dropped_NV = _dropped(logits_NV, rows_M, ids_M, start)
+            dropped_NV = _dropped(logits_NV, rows_J, ids_J, start)
             chunks.append(_measure(logits_NV, targets_N[chunk], temperatures_N[chunk], dropped_NV))
         ctx.save_for_backward(*inputs[:-1])
         ctx.set_materialize_grads(False)  # the entropy is most often only looked at
@@ -73,12 +73,12 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad_N is None for grad_N in grads):
             return (None,) * 7
-        hidden_ND, head_VD, targets_N, temperatures_N, rows_M, ids_M = ctx.saved_tensors
+        hidden_ND, head_VD, targets_N, temperatures_N, rows_J, ids_J = ctx.saved_tensors
         grad_hidden_ND, grad_head_VD = torch.empty_like(hidden_ND), torch.zeros_like(head_VD)
         for start in range(0, len(hidden_ND), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             logits_NV = hidden_ND[chunk] @ head_VD.t()
-            dropped_NV = _dropped(logits_NV, rows_M, ids_M, start)
+            dropped_NV = _dropped(logits_NV, rows_J, ids_J, start)
             of_chunk = [None if grad_N is None else grad_N[chunk] for grad_N in grads]
             grad_NV = _logits_grad(logits_NV, targets_N[chunk], temperatures_N[chunk], dropped_NV, *of_chunk)
             torch.mm(grad_NV, head_VD, out=grad_hidden_ND[chunk])
@@ -86,15 +86,15 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden_ND, grad_head_VD, None, None, None, None, None
 
 
-def _dropped(logits_NV: Tensor, rows_M: Tensor | None, ids_M: Tensor | None, start: int = 0) -> Tensor | None:
+def _dropped(logits_NV: Tensor, rows_J: Tensor | None, ids_J: Tensor | None, start: int = 0) -> Tensor | None:
     """[N, V] True at tokens that the sampler did not draw from, for the rows from `start` on."""
-    if rows_M is None or ids_M is None:
+    if rows_J is None or ids_J is None:
         return None
-    is_here_M = (rows_M >= start) & (rows_M < start + len(logits_NV))
-    rows_M = rows_M[is_here_M] - start
+    is_here_J = (rows_J >= start) & (rows_J < start + len(logits_NV))
+    rows_J = rows_J[is_here_J] - start
     dropped_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
-    dropped_NV[rows_M] = True
-    dropped_NV[rows_M, ids_M[is_here_M]] = False
+    dropped_NV[rows_J] = True
+    dropped_NV[rows_J, ids_J[is_here_J]] = False
     return dropped_NV
 
 
@@ -145,7 +145,7 @@ def plain_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """The plain twin: all logits at once, gradients by autograd."""
     logits_NV = F.linear(hidden_ND, head_VD)
-    dropped_NV = None if kept is None else _dropped(logits_NV, kept.rows_M, kept.ids_M)
+    dropped_NV = None if kept is None else _dropped(logits_NV, kept.rows_J, kept.ids_J)
     logprobs_NV = _scaled(logits_NV, temperatures_N, dropped_NV).log_softmax(-1)
     entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
     return logprobs_NV.gather(1, targets_N[:, None]).squeeze(1), entropies_N

@@ -1,7 +1,7 @@
 """Completions while they are sampled, how a token is drawn, and the plain decoder: one pass of the model per token.
 
 Shapes: B sequences being decoded, T packed prompt tokens, D hidden, V vocabulary, L layers with experts, K experts per
-token, X any leading dimensions.
+token, J kept tokens, X any leading dimensions.
 """
 
 from collections.abc import Sequence
@@ -98,9 +98,9 @@ def restricted(logprobs_XV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def kept_tokens(logprobs_NV: Tensor) -> list[np.ndarray]:
     """The tokens that each row keeps, as `Completion.kept_ids`."""
-    rows_M, ids_M = (logprobs_NV > -torch.inf).nonzero(as_tuple=True)
-    counts_N = rows_M.bincount(minlength=len(logprobs_NV))
-    return np.split(ids_M.cpu().numpy().astype(np.int32), counts_N.cumsum(0).cpu().numpy()[:-1])
+    rows_J, ids_J = (logprobs_NV > -torch.inf).nonzero(as_tuple=True)
+    counts_N = rows_J.bincount(minlength=len(logprobs_NV))
+    return np.split(ids_J.cpu().numpy().astype(np.int32), counts_N.cumsum(0).cpu().numpy()[:-1])
 
 
 def probabilities(logprobs_XV: Tensor, temperature: float) -> Tensor:

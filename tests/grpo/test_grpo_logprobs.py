@@ -41,7 +41,7 @@ def make_inputs(*, restricted: bool = False, dtype: torch.dtype = torch.float32)
             others = torch.randperm(V, generator=generator)[:7].tolist()
             ids += [*others, targets[n].item()]
             rows += [n] * 8
-    kept = KeptTokens(rows_M=torch.tensor(rows), ids_M=torch.tensor(ids)) if restricted else None
+    kept = KeptTokens(rows_J=torch.tensor(rows), ids_J=torch.tensor(ids)) if restricted else None
     return Inputs(hidden, head, targets, temperatures, kept)
 
 
@@ -106,7 +106,7 @@ def test_gradients_equal_finite_differences(restricted: bool) -> None:
 def test_kept_tokens_by_hand() -> None:
     """Logits 2, 0, 1 for two tokens. The first was drawn from ids 0 and 1: p = sigmoid(2); the second from all."""
     head = torch.tensor([[2.0], [0.0], [1.0]], requires_grad=True)
-    kept = KeptTokens(rows_M=torch.tensor([0, 0]), ids_M=torch.tensor([0, 1]))
+    kept = KeptTokens(rows_J=torch.tensor([0, 0]), ids_J=torch.tensor([0, 1]))
     logprobs, entropies = token_logprobs(torch.ones(2, 1), head, torch.tensor([0, 0]), torch.ones(2), kept)
     p = torch.tensor(2.0).sigmoid()
     total = math.exp(2) + 1 + math.exp(1)
