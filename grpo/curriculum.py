@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rewards import Score
 from rollout.prompts import PromptSource
-from rollout.sample import CompletionGroup, Prompt
+from rollout.sample import CompletionGroup, FinishReason, Prompt
 
 Solved = Mapping[str, tuple[int, int]]
 """Prompt id -> (completions that were scored, those that solved it), since the run began."""
@@ -90,10 +90,12 @@ class Curriculum:
 def count_solved(
     solved: Solved, groups: Sequence[CompletionGroup], scores: Sequence[Sequence[Score]], at: float
 ) -> dict[str, tuple[int, int]]:
-    """The counts with these groups added; completions without a reward are no tries."""
+    """The counts with these groups added; completions without a reward, or that the engine failed, are no tries."""
     counts = dict(solved)
     for group, group_scores in zip(groups, scores, strict=True):
-        values = [score.value for score in group_scores if score.value is not None]
+        finished = zip(group.completions, group_scores, strict=True)
+        kept = [score for completion, score in finished if completion.finish_reason is not FinishReason.ERROR]
+        values = [score.value for score in kept if score.value is not None]
         tries, successes = counts.get(group.prompt.id, (0, 0))
         counts[group.prompt.id] = (tries + len(values), successes + sum(value >= at for value in values))
     return counts

@@ -9,7 +9,9 @@
 """
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +20,15 @@ from hypothesis import strategies as st
 
 from grpo.advantages import AdvantageConfig, batch_advantages, group_advantages, process_advantages
 from grpo.batch import BatchTotals, pack
+from grpo.objective import ObjectiveConfig
 from grpo.samples import build_samples
 from rewards import Gate, Rubric, Sample, Score, reward
 from rollout.sample import FinishReason
 from tests.grpo.test_grpo_advantages import GROUPS, assert_equal
 from tests.grpo.test_grpo_samples import UNSCALED, decode, make_group, scores
+from tests.grpo.test_grpo_trainer import make_learner, make_recorder, make_trainer, policy
+
+__all__ = ["policy"]
 
 GROUP_OF_FOUR, GROUP_OF_TWO = [1.0, 0.0, 0.0, None], [4.0, 2.0]
 PROCESS = AdvantageConfig(supervision="process")
@@ -188,6 +194,29 @@ def test_kl_comes_off_the_reward() -> None:
         penalize=lambda drafts: [{5: 1.0, 6: 2.0, 4: 0.0}[len(draft.token_ids)] for draft in drafts],
     )  # fmt: skip
     assert [sample.advantage for sample in samples] == [-3.0, -1.0, 4.0]
+
+
+def by_token(sample: Sample) -> Score:
+    """Each number of the text is a step, and even ones are right."""
+    ends = [match.end() for match in re.finditer(r"\d+", sample.completion)]
+    rights = [float(token % 2 == 0) for token in sample.completion_ids]
+    return Score(value=0.0, steps=tuple(zip(ends, rights, strict=True)))
+
+
+def test_a_trainer_with_step_rewards(policy: Path, tmp_path: Path) -> None:
+    """All completions have the same value; what they learn from are the steps."""
+    learner = make_recorder(policy)
+    make_trainer(policy, tmp_path / "run", learner=learner, steps=1, reward=by_token, advantages=PROCESS).run()
+    (batch,) = learner.batches
+    for group in (batch[0:4], batch[4:8], batch[8:12]):
+        completions = [sample.token_ids[3:] for sample in group]
+        steps = [[(n, float(token % 2 == 0)) for n, token in enumerate(ids, 1)] for ids in completions]
+        expected = process_advantages(steps, [len(ids) for ids in completions], scale="std")
+        assert [sample.token_advantages for sample in group] == [[0.0] * 3 + (one or []) for one in expected]
+    assert any(any(sample.token_advantages or ()) for sample in batch)
+    learner = make_learner(policy, objective=ObjectiveConfig(loss="gmpo"))
+    with pytest.raises(ValueError, match="choose another loss than gmpo"):
+        make_trainer(policy, tmp_path / "other", learner=learner, advantages=PROCESS)
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ def test_solved_prompts_are_dropped() -> None:
 
 
 def test_counts_by_hand() -> None:
-    groups = [make_group("p", [1, 1, 1]), make_group("q", [1, 1])]
-    counted = count_solved({"p": (4, 1)}, groups, [scores(1.0, None, 0.5), scores(2.0, 0.9)], at=1.0)
+    groups = [make_group("p", [1, 1, 1]), make_group("q", [1, 1, 1], failed=[2])]
+    counted = count_solved({"p": (4, 1)}, groups, [scores(1.0, None, 0.5), scores(2.0, 0.9, 1.0)], at=1.0)
     assert counted == {"p": (6, 2), "q": (2, 1)}
 
 

@@ -84,7 +84,7 @@ def make_trainer(
     pool: EnginePool | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     tell: Callable[[str], None] = lambda message: None,
-    reward: Callable[[Sample], float | None] | RewardFunction = even_share,
+    reward: Callable[[Sample], float | Score | None] | RewardFunction = even_share,
     lr: float = 1e-2,
     **settings: Any,
 ) -> GRPOTrainer:
