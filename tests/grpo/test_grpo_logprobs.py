@@ -72,13 +72,13 @@ def test_without_gradients() -> None:
 
 
 def test_equals_categorical() -> None:
-    inputs = make_inputs()
+    inputs = make_inputs(dtype=torch.float64)
     logprobs, entropies = token_logprobs(*inputs, chunk_size=8)
     for n in range(N):
-        logits = inputs.head.double() @ inputs.hidden[n].double() / inputs.temperatures[n].double()
+        logits = inputs.head @ inputs.hidden[n] / inputs.temperatures[n]
         expected = torch.distributions.Categorical(logits=logits)
-        assert logprobs[n].item() == pytest.approx(expected.log_prob(inputs.targets[n]).item(), abs=2e-6)
-        assert entropies[n].item() == pytest.approx(expected.entropy().item(), abs=2e-6)
+        assert logprobs[n].item() == pytest.approx(expected.log_prob(inputs.targets[n]).item(), abs=1e-12)
+        assert entropies[n].item() == pytest.approx(expected.entropy().item(), abs=1e-12)
 
 
 def test_temperature_by_hand() -> None:
