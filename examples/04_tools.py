@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 
+from grpo.advantages import AdvantageConfig
 from grpo.learner import Learner, LearnerConfig
 from grpo.samples import build_samples, score_groups
 from models import DeepseekV3Config, DeepseekV3ForCausalLM, hf_tensors, save_pretrained
@@ -88,7 +89,7 @@ def main() -> None:
         params = SamplingParams(num_completions=COMPLETIONS, max_tokens=14, stop_token_id=STOP, seed=step)
         groups = list(pool.generate([prompt], params))
         scores = score_groups(groups, rubric, decode, step)
-        samples, _ = build_samples(groups, scores, temperature=1.0, scale="none", version=step)
+        samples, _ = build_samples(groups, scores, AdvantageConfig(scale="none"), temperature=1.0, version=step)
         learner.update(samples)
         pool.load_weights(hf_tensors(model), version=step + 1)
         mean = sum(score.value or 0.0 for score in scores[0]) / COMPLETIONS

@@ -17,13 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grpo.logprobs import KeptTokens
 from models import SequenceLayout
 from models.moves import moved
 from rollout.router_replay import is_recorded
+from rollout.sample import NOTHING_KEPT
 
-Aggregation = Literal["token", "sequence"]
-"""How token losses become one number: mean over all trained tokens (DAPO, arXiv:2503.14476), or mean over each
-sample's tokens, then over samples (GRPO, arXiv:2402.03300 eq. 3)."""
+Aggregation = Literal["token", "sequence", "constant"]
+"""How token losses become one number: mean over all trained tokens (DAPO, arXiv:2503.14476); mean over each sample's
+tokens, then over samples (GRPO, arXiv:2402.03300 eq. 3); or each sample's sum divided by a constant length, then the
+mean over samples (Dr. GRPO, arXiv:2503.20783)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,8 @@ class TrainingSample:
     """[L] log-probability with which the engine sampled each token, at `temperature`; 0.0 on prompt tokens."""
     advantage: float = 1.0
     """Of the whole completion, from its group."""
+    token_advantages: Sequence[float] | None = None
+    """[L] in place of `advantage` where tokens differ (process supervision); 0.0 on tokens that are not trained."""
     temperature: float = 1.0
     """Logits are divided by it, in the engine and in the learner."""
     expert_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
@@ -45,12 +50,19 @@ class TrainingSample:
     policy_lags: Sequence[int] | None = None
     """[L] by how many versions the weights that sampled each token were older than those that the step begins with;
     None for nought throughout."""
+    kept_ids: Sequence[np.ndarray] | None = field(default=None, compare=False, repr=False)
+    """[L] the tokens from which each was drawn, as recorded under top_p and top_k, `NOTHING_KEPT` for all; None for all
+    throughout."""
     old_logprobs: Sequence[float] | None = None
     """[L] as the learner saw them before its first step on the batch, filled in by `Learner.with_old_logprobs`."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.loss_mask), len(self.sampling_logprobs)}
         assert len(lengths) == 1, f"token_ids, loss_mask and sampling_logprobs differ in length: {sorted(lengths)}"
+        if self.token_advantages is not None:
+            assert len(self.token_advantages) in lengths, (
+                f"{len(self.token_advantages)} advantages for {lengths} tokens"
+            )
         assert not self.loss_mask[0], "the first token has nothing before it to be predicted from"
         rows = len(self.token_ids) - 1 if self.expert_ids is None else len(self.expert_ids)
         assert rows == len(self.token_ids) - 1, (
@@ -60,6 +72,31 @@ class TrainingSample:
     @property
     def num_trained(self) -> int:
         return sum(self.loss_mask)
+
+    @property
+    def trained_advantages(self) -> list[float]:
+        """Of the trained tokens, in order."""
+        if self.token_advantages is None:
+            return [self.advantage] * self.num_trained
+        return [a for a, is_trained in zip(self.token_advantages, self.loss_mask, strict=True) if is_trained]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchTotals:
+    """Counts of a global batch, the denominators of its loss: of all micro-batches, on whatever rank they are."""
+
+    samples: int
+    """With a trained token."""
+    tokens: int
+    """Trained ones."""
+    positive_tokens: int
+    """Trained ones with an advantage above 0."""
+
+    @classmethod
+    def of(cls, samples: Sequence[TrainingSample]) -> "BatchTotals":
+        counts = [sample.num_trained for sample in samples if sample.num_trained]
+        positive = sum(advantage > 0 for sample in samples for advantage in sample.trained_advantages)
+        return cls(samples=len(counts), tokens=sum(counts), positive_tokens=positive)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,17 +114,23 @@ class MicroBatch:
     sampling_logprobs_N: Tensor
     """[N] as recorded by the engine."""
     advantages_N: Tensor
-    """[N] the advantage of the sample that each token belongs to."""
+    """[N] the advantage of each token."""
     temperatures_N: Tensor
     """[N] sampling temperature."""
     weights_N: Tensor
-    """[N] loss weights; they sum to 1 over all micro-batches of a global batch."""
+    """[N] loss weights; they sum to `weight_sum` over all micro-batches of a global batch."""
+    weight_sum: float
+    """1, but for aggregation "constant": there the mean length as a share of the constant one."""
+    totals: BatchTotals
+    """Of the global batch."""
     samples_N: Tensor
     """[N] place of the sample that each token belongs to among those that were packed."""
     lags_N: Tensor
     """[N] policy lag of each token."""
     old_logprobs_N: Tensor | None
     """[N] the learner's own before its first step; None where no sample has them."""
+    kept: KeptTokens | None
+    """What each trained token was drawn from; None where that is the whole vocabulary for all."""
     expert_ids_TLK: Tensor | None
     """[T, L, K] int16, recorded experts; -1 in rows without a recording; None where no sample has one."""
 
@@ -95,19 +138,26 @@ class MicroBatch:
         return moved(self, device)
 
 
-def pack(samples: Sequence[TrainingSample], token_budget: int, aggregation: Aggregation) -> list[MicroBatch]:
+def pack(
+    samples: Sequence[TrainingSample],
+    token_budget: int,
+    aggregation: Aggregation,
+    constant_length: int = 0,
+    totals: BatchTotals | None = None,
+) -> list[MicroBatch]:
     """Splits a global batch into micro-batches of at most `token_budget` tokens.
 
-    Samples are laid out longest first, so that a micro-batch holds samples of similar length. Raises ValueError if one
-    sample alone exceeds the budget, or if nothing is to be trained.
+    `constant_length` is what aggregation "constant" divides by. `totals` are those of the global batch where `samples`
+    are a part of it. Samples are laid out longest first, so that a micro-batch holds samples of similar length. Raises
+    ValueError if one sample alone exceeds the budget, or if nothing is to be trained.
     """
+    totals = totals or BatchTotals.of(samples)
     places = [place for place, sample in enumerate(samples) if sample.num_trained]
     if not places:
         raise ValueError("no sample has a token to train")
     longest = max(len(samples[place].token_ids) for place in places)
     if longest > token_budget:
         raise ValueError(f"a sample of {longest} tokens exceeds token_budget={token_budget}; raise the budget")
-    weights = dict(zip(places, _token_weights([samples[place] for place in places], aggregation), strict=True))
     groups: list[list[int]] = [[]]
     used = 0
     for place in sorted(places, key=lambda place: -len(samples[place].token_ids)):
@@ -117,18 +167,26 @@ def pack(samples: Sequence[TrainingSample], token_budget: int, aggregation: Aggr
             used = 0
         groups[-1].append(place)
         used += length
-    return [_build([samples[i] for i in group], [weights[i] for i in group], group) for group in groups]
+    weights = {place: _token_weight(samples[place], aggregation, constant_length, totals) for place in places}
+    weight_sum = totals.tokens / (totals.samples * constant_length) if aggregation == "constant" else 1.0
+    return [_build([samples[i] for i in g], [weights[i] for i in g], g, weight_sum, totals) for g in groups]
 
 
-def _token_weights(samples: Sequence[TrainingSample], aggregation: Aggregation) -> list[float]:
-    """The weight of each trained token of each sample; over the whole batch they sum to 1."""
+def _token_weight(sample: TrainingSample, aggregation: Aggregation, constant_length: int, totals: BatchTotals) -> float:
+    """The weight of each trained token of a sample."""
     if aggregation == "token":
-        total = sum(sample.num_trained for sample in samples)
-        return [1 / total] * len(samples)
-    return [1 / (len(samples) * sample.num_trained) for sample in samples]
+        return 1 / totals.tokens
+    assert aggregation == "sequence" or constant_length > 0, f"constant_length={constant_length} divides nothing"
+    return 1 / (totals.samples * (sample.num_trained if aggregation == "sequence" else constant_length))
 
 
-def _build(samples: Sequence[TrainingSample], weights: Sequence[float], places: Sequence[int]) -> MicroBatch:
+def _build(
+    samples: Sequence[TrainingSample],
+    weights: Sequence[float],
+    places: Sequence[int],
+    weight_sum: float,
+    totals: BatchTotals,
+) -> MicroBatch:
     ids: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
@@ -151,12 +209,15 @@ def _build(samples: Sequence[TrainingSample], weights: Sequence[float], places: 
         predictors_N=trained_N - 1,
         targets_N=ids_T[trained_N],
         sampling_logprobs_N=torch.tensor(logprobs)[trained_N],
-        advantages_N=per_token([sample.advantage for sample in samples]),
+        advantages_N=torch.tensor([advantage for sample in samples for advantage in sample.trained_advantages]),
         temperatures_N=per_token([sample.temperature for sample in samples]),
         weights_N=per_token(weights),
+        weight_sum=weight_sum,
+        totals=totals,
         samples_N=per_token(places, torch.long),
         lags_N=torch.tensor(lags)[trained_N],
         old_logprobs_N=_old_logprobs(samples, trained_N),
+        kept=_pack_kept(samples),
         expert_ids_TLK=_pack_experts(samples),
     )
 
@@ -165,6 +226,20 @@ def _old_logprobs(samples: Sequence[TrainingSample], trained_N: Tensor) -> Tenso
     given = [sample.old_logprobs for sample in samples if sample.old_logprobs is not None]
     assert len(given) in (0, len(samples)), "either all samples of a batch have old_logprobs or none"
     return torch.tensor([logprob for logprobs in given for logprob in logprobs])[trained_N] if given else None
+
+
+def _pack_kept(samples: Sequence[TrainingSample]) -> KeptTokens | None:
+    if all(sample.kept_ids is None for sample in samples):
+        return None
+    kept_N: list[np.ndarray] = []
+    for sample in samples:
+        kept_L = sample.kept_ids or [NOTHING_KEPT] * len(sample.token_ids)
+        kept_N += [ids for ids, is_trained in zip(kept_L, sample.loss_mask, strict=True) if is_trained]
+    counts_N = torch.tensor([len(ids) for ids in kept_N])
+    return KeptTokens(
+        rows_J=torch.arange(len(kept_N)).repeat_interleave(counts_N),
+        ids_J=torch.from_numpy(np.concatenate(kept_N)).long(),
+    )
 
 
 def _pack_experts(samples: Sequence[TrainingSample]) -> Tensor | None:

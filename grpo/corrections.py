@@ -25,6 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from grpo.losses import sample_means, sample_sums
+
 CorrectionKind = Literal["none", "token_tis", "token_mis", "sequence_tis", "sequence_mis", "geometric_mask"]
 
 
@@ -98,18 +100,18 @@ def token_mis(log_ratios_N: Tensor, low: float, high: float) -> Tensor:
 def sequence_tis(log_ratios_N: Tensor, samples_N: Tensor, high: float) -> Tensor:
     """min(rho, C) with rho = prod_t rho_t of the whole completion, for each of its tokens (J. Liu, Y. Li et al., "When
     speed kills stability", 2025)."""
-    return _sums(log_ratios_N, samples_N).exp().clamp(max=high)
+    return sample_sums(log_ratios_N, samples_N).exp().clamp(max=high)
 
 
 def sequence_mis(log_ratios_N: Tensor, samples_N: Tensor, low: float, high: float) -> Tensor:
     """rho 1[low <= rho <= high] with rho = prod_t rho_t (the same): what is far off is dropped, not kept at a cap."""
-    return _masked(_sums(log_ratios_N, samples_N).exp(), low, high)
+    return _masked(sample_sums(log_ratios_N, samples_N).exp(), low, high)
 
 
 def geometric_mask(log_ratios_N: Tensor, samples_N: Tensor, low: float, high: float) -> Tensor:
     """1[low <= rho^(1/T) <= high] with T the completion's length (the same): a product over T tokens leaves any bounds
     as T grows, its geometric mean does not."""
-    means_N = _sums(log_ratios_N, samples_N) / _sums(torch.ones_like(log_ratios_N), samples_N)
+    means_N = sample_means(log_ratios_N, samples_N)
     return ((means_N.exp() >= low) & (means_N.exp() <= high)).to(log_ratios_N.dtype)
 
 
@@ -118,17 +120,10 @@ def off_policy_sequence_mask(
 ) -> Tensor:
     """0 where the advantage is negative and mean_t log(pi_sampler / pi) > delta, else 1 (DeepSeek-V3.2,
     arXiv:2512.02556 section 3.1). pi is the learner now, so this counts numerics and staleness together."""
-    differences_N = _sums(sampler_N - logprobs_N, samples_N)
-    means_N = differences_N / _sums(torch.ones_like(logprobs_N), samples_N)
+    means_N = sample_means(sampler_N - logprobs_N, samples_N)
     return 1 - ((advantages_N < 0) & (means_N > delta)).to(logprobs_N.dtype)
 
 
 def _masked(ratios_N: Tensor, low: float, high: float) -> Tensor:
     # where() and not a product: a ratio that overflowed is inf, and inf * 0 is nan
     return torch.where((ratios_N >= low) & (ratios_N <= high), ratios_N, 0.0)
-
-
-def _sums(values_N: Tensor, samples_N: Tensor) -> Tensor:
-    """[N] the sum over the sample of each token."""
-    totals = values_N.new_zeros(int(samples_N.max()) + 1).index_add(0, samples_N, values_N)
-    return totals[samples_N]

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.batch import Aggregation, MicroBatch, TrainingSample, pack
+from grpo.batch import MicroBatch, TrainingSample, pack
 from grpo.corrections import CorrectionConfig
 from grpo.logprobs import token_logprobs
-from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
+from grpo.losses import kl_penalty, sample_sums
 from grpo.mismatch import MismatchMeter
+from grpo.objective import ObjectiveConfig, entropy_threshold_of, objective_terms
 from grpo.schedule import Decay, learning_rate
 from models import CausalLM, ModelOutput, SequenceLayout
 from models.balance import count_experts, load_metrics
@@ -42,16 +43,8 @@ class LearnerConfig:
     """Decay of AdamW's mean of squared gradients."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger ones are scaled down to it."""
-    clip_low: float = 0.2
-    """Probability ratios below 1 - clip_low get no gradient where the advantage is negative."""
-    clip_high: float = 0.2
-    """Probability ratios above 1 + clip_high get no gradient where the advantage is positive."""
-    kl_coef: float = 0.0
-    """Weight of the KL penalty against the initial policy; 0 keeps no copy of it."""
-    kl_estimator: KLEstimator = "k3"
-    """How that KL is estimated from sampled tokens."""
-    aggregation: Aggregation = "token"
-    """Average over all tokens of the batch, or over each sample's tokens first."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What an optimizer step minimizes."""
     token_budget: int = 8192
     """Tokens in one micro-batch; bounds memory, does not change the gradient."""
     replay_experts: bool = True
@@ -62,14 +55,10 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         if not self.lr >= 0:
             raise ValueError(f"lr must be >= 0, got {self.lr}")
-        if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
-            raise ValueError(f"need 0 <= clip_low < 1 and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
         if not self.grad_clip > 0:
             raise ValueError(f"grad_clip must be > 0, got {self.grad_clip}; inf turns clipping off")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
-        if self.kl_coef < 0:
-            raise ValueError(f"kl_coef must be >= 0, got {self.kl_coef}")
         if self.token_budget < 1:
             raise ValueError(f"token_budget must be >= 1, got {self.token_budget}")
 
@@ -83,7 +72,7 @@ class Learner:
         self.config = config
         self.total_steps = total_steps
         self.step = 0
-        self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
+        self.reference = copy.deepcopy(model).requires_grad_(False) if config.objective.kl_coef else None
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.lr,
@@ -102,8 +91,10 @@ class Learner:
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)  # an update that raised must not leave its gradient to this one
         meters = _Meters()
-        for micro_batch in pack(samples, config.token_budget, config.aggregation):
-            self._backward(micro_batch.to(self.device), meters)
+        micro_batches = self._pack(samples)
+        threshold = self._entropy_threshold(micro_batches)
+        for micro_batch in micro_batches:
+            self._backward(micro_batch.to(self.device), meters, threshold)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -122,23 +113,27 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        every = config.objective.reference_every
+        if self.reference is not None and every and self.step % every == 0:
+            self.reference.load_state_dict(self.model.state_dict())
         return meters.report() | {"policy/grad_norm": norm.item(), "policy/lr": lr}
 
-    def _backward(self, batch: MicroBatch, meters: "_Meters") -> None:
+    def _pack(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
+        objective = self.config.objective
+        return pack(samples, self.config.token_budget, objective.aggregation, objective.constant_length)
+
+    def _backward(self, batch: MicroBatch, meters: "_Meters", entropy_threshold: float | None) -> None:
         config = self.config
         output = self._forward(batch)
         logprobs_N, entropies_N = self._logprobs(self.model, output.hidden_TD, batch)
-        terms_N = loss_N = self._policy_loss(logprobs_N, batch, meters)
-        if self.reference is not None:
-            with torch.no_grad():
-                hidden_TD = self.reference(batch.ids_T, batch.layout).hidden_TD
-                reference_N, _ = self._logprobs(self.reference, hidden_TD, batch)
-            kl_N = kl_penalty(logprobs_N, reference_N, config.kl_estimator)
-            terms_N = loss_N + config.kl_coef * kl_N
-            meters.add("policy/kl_to_initial", kl_N, batch.weights_N)
-        (terms_N * batch.weights_N).sum().backward()
-        meters.add("policy/loss", terms_N, batch.weights_N)
-        meters.add("policy/entropy", entropies_N, batch.weights_N)
+        reference_N = self._reference_logprobs(batch) if config.objective.kl_in == "loss" else None
+        terms = objective_terms(
+            config.objective, config.correction, batch, logprobs_N, entropies_N, reference_N, entropy_threshold
+        )
+        terms.loss.backward()
+        meters.add("policy/loss", terms.loss, 1.0)
+        for name, values_N in terms.means.items():
+            meters.add(name, values_N, batch.weights_N / batch.weight_sum)
         meters.mismatch.add(logprobs_N.detach(), batch.sampling_logprobs_N, batch.lags_N)
         meters.mismatch.add_experts(output.routing, batch.expert_ids_TLK, len(batch.layout.lengths))
         meters.add_experts(output.routing)
@@ -149,20 +144,21 @@ class Learner:
             replay = dict(zip(self.model.routers(), batch.expert_ids_TLK.unbind(1), strict=True))
         return self.model(batch.ids_T, batch.layout, replay=replay)
 
-    def _policy_loss(self, logprobs_N: Tensor, batch: MicroBatch, meters: "_Meters") -> Tensor:
-        """[N] clipped against the sampler or the learner's own old log-probabilities, times the correction's weight."""
-        config, sampler_N = self.config, batch.sampling_logprobs_N
-        current_N = logprobs_N.detach()
-        learner_N = current_N if batch.old_logprobs_N is None else batch.old_logprobs_N
-        old_N = sampler_N if config.correction.old_logprobs == "sampler" else learner_N
-        loss_N, cut_N = clipped_policy_loss(logprobs_N, old_N, batch.advantages_N, config.clip_low, config.clip_high)
-        meters.add("policy/clipped", cut_N.float(), batch.weights_N)
-        if config.correction.is_on:
-            factors_N = config.correction.weights(current_N, learner_N, sampler_N, batch.advantages_N, batch.samples_N)
-            loss_N = loss_N * factors_N
-            meters.add("correction/weight", factors_N, batch.weights_N)
-            meters.add("correction/dropped", (factors_N == 0).float(), batch.weights_N)
-        return loss_N
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
+        if self.reference is None:
+            return None
+        return self._logprobs(self.reference, self.reference(batch.ids_T, batch.layout).hidden_TD, batch)[0]
+
+    @torch.no_grad()
+    def _entropy_threshold(self, batches: Sequence[MicroBatch]) -> float | None:
+        """Over all tokens of the optimizer step, which have to be seen before the first is trained."""
+        share = self.config.objective.entropy_top_share
+        if share == 1:
+            return None
+        on_device = [batch.to(self.device) for batch in batches]
+        entropies = [self._logprobs(self.model, self._forward(b).hidden_TD, b)[1] for b in on_device]
+        return entropy_threshold_of(torch.cat(entropies), share)
 
     @torch.no_grad()
     def with_old_logprobs(self, samples: list[TrainingSample]) -> list[TrainingSample]:
@@ -172,18 +168,36 @@ class Learner:
         if self.config.correction.kind == "none" and self.config.correction.old_logprobs == "sampler":
             return samples
         old = [torch.zeros(len(sample.token_ids)) for sample in samples]
-        for batch in pack(samples, self.config.token_budget, self.config.aggregation):
+        for batch in self._pack(samples):
             on_device = batch.to(self.device)
             logprobs_N, _ = self._logprobs(self.model, self._forward(on_device).hidden_TD, on_device)
-            logprobs_N = logprobs_N.cpu()
+            logprobs_N = logprobs_N.float().cpu()
             for place in batch.samples_N.unique().tolist():
                 trained_L = torch.tensor(samples[place].loss_mask)
                 old[place][trained_L] = logprobs_N[batch.samples_N == place]
         return [replace(s, old_logprobs=old_L.tolist()) for s, old_L in zip(samples, old, strict=True)]
 
+    @torch.no_grad()
+    def kl_in_reward(self, samples: Sequence[TrainingSample]) -> list[float]:
+        """What each sample's reward loses: kl_coef times the sum over its trained tokens of the KL estimate, between
+        the probabilities it was sampled with and the reference's. 0.0 for each unless `kl_in` is "reward"."""
+        objective = self.config.objective
+        penalties = [0.0] * len(samples)
+        if objective.kl_in == "loss" or self.reference is None or not any(sample.num_trained for sample in samples):
+            return penalties
+        for batch in self._pack(samples):
+            on_device = batch.to(self.device)
+            reference_N = self._reference_logprobs(on_device)
+            assert reference_N is not None
+            kl_N = kl_penalty(on_device.sampling_logprobs_N, reference_N, objective.kl_estimator)
+            sums = dict(zip(batch.samples_N.tolist(), sample_sums(kl_N, on_device.samples_N).tolist(), strict=True))
+            for place, total in sums.items():
+                penalties[place] = objective.kl_coef * total
+        return penalties
+
     def _logprobs(self, model: CausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         predictors_ND = hidden_TD.index_select(0, batch.predictors_N)
-        return token_logprobs(predictors_ND, model.lm_head.weight, batch.targets_N, batch.temperatures_N)
+        return token_logprobs(predictors_ND, model.lm_head.weight, batch.targets_N, batch.temperatures_N, batch.kept)
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -202,11 +216,16 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs beside the model's weights."""
-        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+        state = {"step": self.step, "optimizer": self.optimizer.state_dict()}
+        if self.reference is not None and self.config.objective.reference_every:
+            state["reference"] = self.reference.state_dict()  # else it is the model that the run began with
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.reference is not None and "reference" in state:
+            self.reference.load_state_dict(state["reference"])
 
 
 class _Meters:
@@ -220,7 +239,7 @@ class _Meters:
         self._expert_counts: dict[int, Tensor] = {}
         self.mismatch = MismatchMeter()
 
-    def add(self, name: str, values_N: Tensor, weights_N: Tensor) -> None:
+    def add(self, name: str, values_N: Tensor, weights_N: Tensor | float) -> None:
         added = (values_N.detach() * weights_N).sum().double()
         self._sums[name] = self._sums.get(name, torch.zeros_like(added)) + added
 

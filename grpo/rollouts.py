@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from grpo.curriculum import Curriculum, CurriculumConfig, Solved, count_solved
 from rewards import Score
 from rollout.pool import EnginePool
 from rollout.prompts import PromptSource
@@ -47,6 +48,8 @@ class RolloutConfig:
     max_policy_lag: int = 0
     """Versions that the weights of a token's sampling may be older than those that learn from it; 0 is on-policy. What
     would be older is sampled again."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """Which prompts come next."""
 
     def __post_init__(self) -> None:
         if not self.max_oversampling >= 1 or not self.partial_share >= 0 or self.max_policy_lag < 0:
@@ -66,11 +69,13 @@ class RolloutState:
     """In the endless walk over the prompts: those before it have been begun."""
     carried: tuple[CompletionGroup, ...] = ()
     """Groups begun and not yet learned from, unfinished ones and such as were finished too late."""
+    solved: Solved = field(default_factory=dict)
+    """How often each prompt was solved, where the curriculum counts it."""
 
     def to_plain(self) -> dict[str, Any]:
         """For a checkpoint, in numbers, strings and tensors; of a prompt its id."""
         carried = [(group.prompt.id, [_plain_completion(one) for one in group.completions]) for group in self.carried]
-        return {"place": self.place, "carried": carried}
+        return {"place": self.place, "carried": carried, "solved": dict(self.solved)}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any], prompts: PromptSource) -> "RolloutState":
@@ -82,7 +87,7 @@ class RolloutState:
             CompletionGroup(prompt=by_id[name], completions=[_completion(one) for one in completions])
             for name, completions in plain["carried"]
         )
-        return cls(place=plain["place"], carried=tuple(groups))
+        return cls(place=plain["place"], carried=tuple(groups), solved=plain["solved"])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -123,7 +128,8 @@ class Rollouts:
         last_step: int,
     ) -> None:
         """`sampling` gives a step's sampling parameters. Steps are taken from `first_step` to before `last_step`."""
-        self.config, self.pool, self.prompts, self.score, self.sampling = config, pool, prompts, score, sampling
+        self.config, self.pool, self.score, self.sampling = config, pool, score, sampling
+        self.curriculum = Curriculum(config.curriculum, prompts)
         self.prompts_per_step, self.last_step = prompts_per_step, last_step
         self._state = state
         self._began: deque[RolloutState] = deque()  # the state before each batch that was begun and not yet taken
@@ -187,14 +193,15 @@ class Rollouts:
         work: list[Work] = [_unless_too_old(group, oldest) for group in self._state.carried]
         batch = Batch(restarted=sum(isinstance(one, Prompt) for one in work))
         in_flight = wanted + round(wanted * self.config.partial_share)
-        fresh, place = self.prompts.take(place, max(0, in_flight - len(work)), avoid=map(_id_of, work))
+        solved = self._state.solved
+        fresh, place = self.curriculum.take(place, max(0, in_flight - len(work)), map(_id_of, work), solved)
         work += fresh
         order = list(map(_id_of, work))
         done, left = self._sample(work, step)
         most = max(len(work), round(wanted * self.config.max_oversampling))
         while self._num_useful < wanted and len(order) < most and not self._is_closed:
             count = min(wanted - self._num_useful, most - len(order))
-            fresh, place = self.prompts.take(place, count, avoid=order)
+            fresh, place = self.curriculum.take(place, count, order, solved)
             order += map(_id_of, fresh)
             more, left = self._sample(fresh, step, so_far=self._num_useful)
             done += more
@@ -203,7 +210,10 @@ class Rollouts:
         batch.replaced = [one for one in done if not self._is_useful(*one)]
         batch.groups, batch.scores = [group for group, _ in useful[:wanted]], [scores for _, scores in useful[:wanted]]
         batch.score_seconds, self._score_seconds = self._score_seconds, 0.0
-        self._state = RolloutState(place=place, carried=(*(group for group, _ in useful[wanted:]), *left))
+        if self.config.curriculum.counts:
+            solved = count_solved(solved, batch.sampled, batch.sampled_scores, self.config.curriculum.solved_at)
+        carried = (*(group for group, _ in useful[wanted:]), *left)
+        self._state = RolloutState(place=place, carried=carried, solved=solved)
         return batch
 
     def _sample(
@@ -267,12 +277,13 @@ def _id_of(work: Work) -> str:
 
 def _plain_completion(completion: Completion) -> dict[str, Any]:
     if completion.environment_state is not None:  # which no checkpoint can hold: begun anew, from the same seed
-        completion = replace(completion, token_ids=[], logprobs=[], version_spans=(), expert_ids=None)
+        completion = replace(completion, token_ids=[], logprobs=[], version_spans=(), expert_ids=None, kept_ids=None)
     plain = {name: getattr(completion, name) for name in ("token_ids", "logprobs", "version_spans", "seed")}
     experts = completion.expert_ids
     return plain | {
         "finish_reason": completion.finish_reason.value,
         "expert_ids": None if experts is None else torch.from_numpy(experts),
+        "kept_ids": None if completion.kept_ids is None else [torch.from_numpy(ids) for ids in completion.kept_ids],
     }
 
 
@@ -281,5 +292,6 @@ def _completion(plain: dict[str, Any]) -> Completion:
     changed = {
         "finish_reason": FinishReason(plain["finish_reason"]),
         "expert_ids": None if experts is None else experts.numpy(),
+        "kept_ids": None if plain["kept_ids"] is None else tuple(ids.numpy() for ids in plain["kept_ids"]),
     }
     return Completion(**(plain | changed))

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grpo.advantages import AdvantageScale
+from grpo.advantages import AdvantageConfig
 from grpo.batch import TrainingSample
 from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.learner import Learner
 from grpo.metrics import MetricsLogger, append_rows, drop_steps
 from grpo.mismatch import MismatchAlarm
+from grpo.objective import check_supervision
 from grpo.rollouts import RolloutConfig, Rollouts, RolloutState
 from grpo.samples import Decode, build_samples, score_groups
 from grpo.step_report import batch_metrics, group_rows
@@ -50,8 +51,15 @@ class TrainerConfig:
     """Longest completion."""
     temperature: float = 1.0
     """Of sampling, and of the log-probabilities that are trained."""
-    advantage_scale: AdvantageScale = "std"
-    """Divide advantages by the group's standard deviation, or not."""
+    top_k: int = 0
+    """Sample from the k most probable tokens only; 0 for all. The learner renormalizes over the same tokens."""
+    top_p: float = 1.0
+    """Sample from the fewest tokens that together have this probability; 1 for all. As above."""
+    advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
+    """From rewards to advantages."""
+    train_truncated: bool = True
+    """Train on completions that reached `max_tokens`. Without, they count in their group's baseline only (overlong
+    filtering, arXiv:2503.14476) and in no denominator."""
     save_every: int = 50
     """Steps between checkpoints; the last step always has one."""
     log_groups_every: int = 10
@@ -87,6 +95,8 @@ class TrainerConfig:
             raise ValueError(f"mismatch_alarm_kl must be > 0, got {self.mismatch_alarm_kl}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0 to learn from samples, got {self.temperature}")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"need top_k >= 0 and top_p above 0 and at most 1, got {self.top_k} and {self.top_p}")
 
     @property
     def samples_per_step(self) -> int:
@@ -121,6 +131,7 @@ class GRPOTrainer:
         self.config, self.learner, self.pool = config, learner, pool
         self.decode, self.stop_token_id = decode, stop_token_id
         self.run_dir, self.on_step, self.tell = run_dir, on_step, tell
+        check_supervision(config.advantages.supervision, learner.config.objective)
         self.first_step, sampled = load_checkpoint(run_dir, learner)
         self.logger = MetricsLogger(run_dir, resume_from=self.first_step)
         drop_steps(run_dir / "groups.jsonl", self.first_step)
@@ -139,6 +150,8 @@ class GRPOTrainer:
             num_completions=self.config.completions_per_prompt,
             max_tokens=self.config.max_tokens,
             temperature=self.config.temperature,
+            top_k=self.config.top_k,
+            top_p=self.config.top_p,
             stop_token_id=self.stop_token_id,
             seed=self.config.seed * 1_000_003 + step,
         )
@@ -169,8 +182,8 @@ class GRPOTrainer:
         with _Clock(self._seconds, "rollout"):
             batch = self.rollouts.take(step)
         samples, counts = build_samples(
-            batch.groups, batch.scores, temperature=self.config.temperature, scale=self.config.advantage_scale,
-            version=step,
+            batch.groups, batch.scores, self.config.advantages, temperature=self.config.temperature, version=step,
+            decode=self.decode, train_truncated=self.config.train_truncated, penalize=self.learner.kl_in_reward,
         )  # fmt: skip
         if not self.config.rollout.overlap:
             self.pool.sleep()  # the sync wakes it

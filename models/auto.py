@@ -63,6 +63,10 @@ class CausalLM(Protocol):
 
     def requires_grad_(self, requires_grad: bool = True) -> Self: ...
 
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+
 
 class TransformersCausalLM(nn.Module):
     """A dense causal language model of transformers, packed without padding. Dropout is off.

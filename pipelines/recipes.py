@@ -4,6 +4,7 @@ grpo zero ledger --model base --trainer.steps 50
 """
 
 from grpo.learner import LearnerConfig
+from grpo.objective import ObjectiveConfig
 from grpo.trainer import TrainerConfig
 from pipelines.pretrain import PretrainConfig
 from pipelines.zero import ZeroConfig
@@ -35,7 +36,7 @@ def zero_gsm8k() -> ZeroConfig:
         task="gsm8k",
         out="runs/gsm8k-zero",
         trainer=TrainerConfig(steps=1000, prompts_per_step=16, completions_per_prompt=64, max_tokens=1024),
-        learner=LearnerConfig(lr=1e-6, kl_coef=0.04, aggregation="sequence"),
+        learner=LearnerConfig(lr=1e-6, objective=ObjectiveConfig(kl_coef=0.04, aggregation="sequence")),
     )
 
 

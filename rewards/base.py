@@ -180,6 +180,8 @@ class RewardFunction:
         for sample, value in zip(unit, values, strict=True):
             try:
                 score = replace(as_score(value), seconds=seconds)
+                if score.steps and score.steps[-1][0] > len(sample.completion):
+                    raise ValueError(f"a step ends at character {score.steps[-1][0]} of {len(sample.completion)}")
             except (TypeError, ValueError, OverflowError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 failed = Outcome(status=CallStatus.ERROR, error=problem, exception=error, seconds=seconds)

@@ -53,7 +53,7 @@ class Rubric:
 
     def score_groups(self, groups: Sequence[Sequence[Sample]]) -> list[list[Score]]:
         """One score per sample, in the groups' order: the sum of weight * value over rewards with a weight that apply;
-        None if none does.
+        None if none does. Steps are those of the same rewards, times their weights.
 
         A weighted reward that failed without a value, or whose gate did, makes the sum None: what is left would look
         like a bad sample. Metrics hold each value that applies under the reward's name, before weight and gate, and its
@@ -80,6 +80,7 @@ class Rubric:
 
     def _sum(self, scores: Mapping[str, Score]) -> Score:
         terms: list[float] = []
+        steps: list[tuple[int, float]] = []
         broken = False
         metrics: dict[str, float] = {}
         for function in self.rewards:
@@ -96,6 +97,7 @@ class Rubric:
             elif score.value is not None and decider.value is not None:
                 is_open = gate is None or decider.value >= gate.at_least
                 terms.append(function.weight * score.value if is_open else 0.0)
+                steps += [(end, function.weight * step) for end, step in score.steps] if is_open else []
         statuses = {score.status for score in scores.values()}
         return Score(
             value=sum(terms) if terms and not broken else None,
@@ -104,6 +106,7 @@ class Rubric:
             status=next(s for s in (ScoreStatus.ERROR, ScoreStatus.TIMEOUT, ScoreStatus.OK) if s in statuses),
             seconds=sum(score.seconds for score in scores.values()),
             parts=dict(scores),
+            steps=tuple(sorted(steps)),
         )
 
     def _report_first_failure(self, name: str, groups: Sequence[Sequence[Sample]], scores: list[list[Score]]) -> None:

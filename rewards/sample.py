@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -95,12 +96,19 @@ class Score:
     """Wall time of the scoring; filled by `RewardFunction.score`."""
     parts: Mapping[str, "Score"] = field(default_factory=dict)
     """Reward name -> its own score, before weights and gates; filled by `Rubric`."""
+    steps: tuple[tuple[int, float], ...] = ()
+    """For process supervision: (characters of the completion up to a step's end, that step's reward), in order."""
 
     def __post_init__(self) -> None:
         if self.value is not None:
             _check_finite("the value of a Score", self.value)
         for name, number in self.metrics.items():
             _check_finite(f"metric {name!r} of a Score", number)
+        for end, number in self.steps:
+            _check_finite(f"the reward of the step up to character {end}", number)
+        ends = [0, *(end for end, _ in self.steps)]
+        if any(end < before for before, end in pairwise(ends)):
+            raise ValueError(f"steps of a Score end at characters {ends[1:]}; give them in order, from 0 on")
 
 
 def _check_finite(what: str, number: object) -> None:

@@ -1,7 +1,7 @@
 """Completions while they are sampled, how a token is drawn, and the plain decoder: one pass of the model per token.
 
 Shapes: B sequences being decoded, T packed prompt tokens, D hidden, V vocabulary, L layers with experts, K experts per
-token, X any leading dimensions.
+token, J kept tokens, X any leading dimensions.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,8 @@ class Running:
     """All of the completion, those sampled before a pause included."""
     logprobs: list[float]
     """[L'] of the tokens sampled since."""
+    kept: list[np.ndarray] = field(default_factory=list)
+    """[L'] the tokens from which each was drawn, as `Completion.kept_ids`; none if from all."""
     experts: list[np.ndarray] = field(default_factory=list)
     """[tokens, L, K] pieces: the context's experts, and those of each token sampled since but the newest."""
     finish_reason: FinishReason | None = None
@@ -71,9 +73,34 @@ class Decoder(Protocol):
         ...
 
 
-def log_distribution(head: nn.Linear, hidden_XD: Tensor, temperature: float) -> Tensor:
-    """[..., V] float32 log-probabilities, which are what is recorded: at `temperature`, or at 1 where that is 0."""
-    return (head(hidden_XD).float() / (temperature or 1.0)).log_softmax(-1)
+def log_distribution(head: nn.Linear, hidden_XD: Tensor, params: SamplingParams) -> Tensor:
+    """[..., V] float32 log-probabilities, which are what is recorded: at the temperature, or at 1 where that is 0, and
+    of what top_k and top_p keep."""
+    logprobs_XV = (head(hidden_XD).float() / (params.temperature or 1.0)).log_softmax(-1)
+    return restricted(logprobs_XV, params.top_k, params.top_p) if params.is_restricted else logprobs_XV
+
+
+def restricted(logprobs_XV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The `top_k` most probable tokens (0 for all), of those the fewest that together have `top_p`, normalized again;
+    -inf elsewhere. What equals the k-th stays, as in vLLM."""
+    if 0 < top_k < logprobs_XV.shape[-1]:
+        kth_X1 = logprobs_XV.topk(top_k).values[..., -1:]
+        logprobs_XV = logprobs_XV.masked_fill(logprobs_XV < kth_X1, -torch.inf).log_softmax(-1)
+    if top_p < 1:
+        sorted_XV, order_XV = logprobs_XV.sort(descending=True, stable=True)
+        mass_XV = sorted_XV.exp()
+        is_beyond_XV = mass_XV.cumsum(-1) - mass_XV >= top_p
+        is_beyond_XV[..., 0] = False  # the sum before the first is 0, but for rounding
+        dropped_XV = torch.zeros_like(is_beyond_XV).scatter(-1, order_XV, is_beyond_XV)
+        logprobs_XV = logprobs_XV.masked_fill(dropped_XV, -torch.inf).log_softmax(-1)
+    return logprobs_XV
+
+
+def kept_tokens(logprobs_NV: Tensor) -> list[np.ndarray]:
+    """The tokens that each row keeps, as `Completion.kept_ids`."""
+    rows_J, ids_J = (logprobs_NV > -torch.inf).nonzero(as_tuple=True)
+    counts_N = rows_J.bincount(minlength=len(logprobs_NV))
+    return np.split(ids_J.cpu().numpy().astype(np.int32), counts_N.cumsum(0).cpu().numpy()[:-1])
 
 
 def probabilities(logprobs_XV: Tensor, temperature: float) -> Tensor:
@@ -186,11 +213,14 @@ class PlainDecoder:
                 for row, sample in enumerate(active):
                     sample.experts.append(ids_BLK[row : row + 1])
         temperature = self.params.temperature
-        logprobs_BV = log_distribution(self.model.lm_head, self.hidden_BD, temperature)
+        logprobs_BV = log_distribution(self.model.lm_head, self.hidden_BD, self.params)
         ids_B = choose(probabilities(logprobs_BV, temperature), next_uniforms(active, 1).squeeze(1))
         logprobs_B = logprobs_BV.gather(1, ids_B[:, None]).squeeze(1)
         for sample, token, logprob in zip(active, ids_B.tolist(), logprobs_B.tolist(), strict=True):
             sample.append(token, logprob, self.params)
+        if self.params.is_restricted:
+            for sample, ids in zip(active, kept_tokens(logprobs_BV), strict=True):
+                sample.kept.append(ids)
         self.is_ahead = False
 
     def select(self, rows: Tensor) -> None:

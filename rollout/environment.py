@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from rollout.sample import ENVIRONMENT, Completion, Prompt
+from rollout.sample import ENVIRONMENT, NOTHING_KEPT, Completion, Prompt
 
 Encode = Callable[[str], list[int]]
 """Text -> token ids, without special tokens around them."""
@@ -92,6 +92,7 @@ def unanswered(completion: Completion) -> Completion:
         logprobs=completion.logprobs[:-size],
         version_spans=completion.version_spans[:-1],
         expert_ids=None,
+        kept_ids=None if completion.kept_ids is None else completion.kept_ids[:-size],
     )
 
 
@@ -102,4 +103,5 @@ def observed(completion: Completion, token_ids: list[int]) -> Completion:
         token_ids=completion.token_ids + token_ids,
         logprobs=completion.logprobs + [0.0] * len(token_ids),
         version_spans=(*completion.version_spans, (ENVIRONMENT, len(token_ids))),
+        kept_ids=None if completion.kept_ids is None else completion.kept_ids + (NOTHING_KEPT,) * len(token_ids),
     )

@@ -155,4 +155,4 @@ class NativeBatch:
         new = sample.token_ids[len(sample.request.sampled_token_ids) :]
         reason = sample.finish_reason or FinishReason.PAUSED
         experts = sample.expert_ids() if self._engine.config.record_experts else None
-        return outcome(sample.request, new, sample.logprobs, reason, self._engine.version, experts)
+        return outcome(sample.request, new, sample.logprobs, reason, self._engine.version, experts, sample.kept)

@@ -38,7 +38,7 @@ class PromptSource:
         taken: list[Prompt] = []
         while len(taken) < count:
             epoch, index = divmod(place, len(self.prompts))
-            prompt = self.prompts[self._order(epoch)[index]]
+            prompt = self.prompts[self.order(epoch)[index]]
             if prompt.id not in under_way:
                 taken.append(prompt)
                 under_way.add(prompt.id)
@@ -46,7 +46,8 @@ class PromptSource:
         return taken, place
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  one source lives as long as a run
-    def _order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> list[int]:
+        """Places in `prompts`, as they come in that epoch."""
         order = list(range(len(self.prompts)))
         random.Random(f"prompts {self.seed} {epoch}").shuffle(order)
         return order

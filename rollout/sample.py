@@ -40,6 +40,10 @@ class SamplingParams:
     """Longest completion, in tokens; one that reaches it finishes with `length`."""
     temperature: float = 1.0
     """Logits are divided by it; 0 picks the most probable token."""
+    top_k: int = 0
+    """Draw from the k most probable tokens only; 0 for all. No effect at temperature 0."""
+    top_p: float = 1.0
+    """Of those, draw from the fewest most probable ones that together have this probability; 1 for all."""
     stop_token_id: int
     """Ends a completion and is part of it."""
     turn_token_ids: frozenset[int] = frozenset()
@@ -50,10 +54,17 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"need top_k >= 0 and top_p above 0 and at most 1, got {self.top_k} and {self.top_p}")
         if self.max_tokens < 1 or self.num_completions < 1:
             raise ValueError(
                 f"max_tokens and num_completions must be >= 1, got {self.max_tokens} and {self.num_completions}"
             )
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary, which is then recorded."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
     def seed_of(self, prompt_id: str, index: int) -> int:
         """63-bit seed of one completion; independent of which others are sampled beside it."""
@@ -74,6 +85,8 @@ class FinishReason(StrEnum):
     """Not ended: the pool was told to stop, or a token of `turn_token_ids` came. `EnginePool.generate` continues it."""
 
 
+NOTHING_KEPT = np.empty(0, np.int32)
+"""In place of the kept tokens: none are recorded, the whole vocabulary counts."""
 ENVIRONMENT = -1
 """In place of a policy version: these tokens were written by an environment, see environment.py."""
 
@@ -85,7 +98,8 @@ class Completion:
     token_ids: list[int]
     """[L] sampled tokens, the stop token included when it was emitted, and what an environment wrote between them."""
     logprobs: list[float]
-    """[L] log-probability of each sampled token at the sampling temperature; 0.0 for the environment's."""
+    """[L] log-probability of each sampled token as it was drawn: at the sampling temperature, among the tokens that
+    top_k and top_p kept; 0.0 for the environment's."""
     finish_reason: FinishReason
     version_spans: tuple[tuple[int, int], ...]
     """(policy version, number of tokens) in order: which weights sampled which tokens. Version 0 is the checkpoint the
@@ -96,6 +110,9 @@ class Completion:
     expert_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
     """[prompt + L - 1, layers with experts, K] experts that each token but the last used, see router_replay.py; None
     if they were not recorded or there are none."""
+    kept_ids: tuple[np.ndarray, ...] | None = field(default=None, compare=False, repr=False)
+    """[L] int32 arrays: the tokens that top_k and top_p kept where each token was drawn, `NOTHING_KEPT` for the
+    environment's; None if the whole vocabulary was open."""
     environment_state: Any = field(default=None, compare=False, repr=False)
     """Of a paused completion, what its environment needs to go on."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models import DeepseekV3ForCausalLM, LatentCache, SequenceLayout
 from models.cache import join_rows
-from rollout.decoding import Running, choose, log_distribution, next_uniforms, prefill, probabilities
+from rollout.decoding import Running, choose, kept_tokens, log_distribution, next_uniforms, prefill, probabilities
 from rollout.router_replay import pack_ids
 from rollout.sample import SamplingParams
 
@@ -137,7 +137,7 @@ class SpeculativeDecoder:
     def _step_behind_prompts(self, active: Sequence[Running]) -> None:
         """Token n of each prompt: there is nothing to draft from yet."""
         rows_B, lengths_B, temperature = torch.arange(len(active)), self.cache.lengths_B, self.params.temperature
-        logprobs_BV = log_distribution(self.model.lm_head, self.hidden_BSD[rows_B, lengths_B - 1], temperature)
+        logprobs_BV = log_distribution(self.model.lm_head, self.hidden_BSD[rows_B, lengths_B - 1], self.params)
         ids_B = choose(probabilities(logprobs_BV, temperature), next_uniforms(active, 1)[:, 0])
         self.ids_BS[rows_B, lengths_B] = ids_B
         self._record(active, logprobs_BV[:, None], ids_B[:, None], torch.zeros_like(ids_B), None)
@@ -153,7 +153,7 @@ class SpeculativeDecoder:
         output = self.model.decode(given_BM, self.cache)
         hidden_BMD = output.hidden_TD.unflatten(0, positions_BM.shape)
         self.hidden_BSD[rows_B1, positions_BM] = hidden_BMD
-        logprobs_BMV = log_distribution(self.model.lm_head, hidden_BMD, temperature)
+        logprobs_BMV = log_distribution(self.model.lm_head, hidden_BMD, self.params)
         p_BMV = probabilities(logprobs_BMV, temperature)
         accepted_B, next_B = accept(p_BMV, q_BNV, given_BM[:, 1:], draws_BX[:, num_drafts:])
         self.ids_BS[rows_B1, (lengths_B + accepted_B + 1)[:, None]] = next_B[:, None]
@@ -177,7 +177,7 @@ class SpeculativeDecoder:
             embedded_TD = self.model.model.embed_tokens(ahead_BM.flatten())
             hidden_TD = module.predict_cached(embedded_TD, hidden_TD, rope, self.draft_cache)
             last_BD = hidden_TD.unflatten(0, positions_BM.shape)[rows_B, lengths_B - 1 - starts_B]
-            q_BV = probabilities(log_distribution(self.model.lm_head, last_BD, temperature), temperature)
+            q_BV = probabilities(log_distribution(self.model.lm_head, last_BD, self.params), temperature)
             self.ids_BS[rows_B, lengths_B + depth] = choose(q_BV, draws_BN[:, depth - 1])
             distributions.append(q_BV)
         self.draft_cache.advance(positions_BM.shape[1])
@@ -197,11 +197,14 @@ class SpeculativeDecoder:
         `experts_TLK` belong to the tokens given to the model, B times M: each is the one before a new token.
         """
         logprobs_BM = logprobs_BMV.gather(2, ids_BM[..., None]).squeeze(2).tolist()
+        kept_BM = kept_tokens(logprobs_BMV.flatten(0, 1)) if self.params.is_restricted else None
         for row, (sample, ids) in enumerate(zip(active, ids_BM.tolist(), strict=True)):
             for j in range(int(accepted_B[row]) + 1):
                 sample.append(ids[j], logprobs_BM[row][j], self.params)
+                given = row * len(ids) + j
+                if kept_BM is not None:
+                    sample.kept.append(kept_BM[given])
                 if experts_TLK is not None:
-                    given = row * len(ids) + j
                     sample.experts.append(experts_TLK[given : given + 1])
                 if sample.finish_reason is not None:
                     break

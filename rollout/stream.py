@@ -71,13 +71,15 @@ def requests_of(work: Work, params: SamplingParams) -> list[Request]:
 
 def outcome(
     request: Request, token_ids: list[int], logprobs: list[float], reason: FinishReason, version: int,
-    expert_ids: np.ndarray | None = None,
+    expert_ids: np.ndarray | None = None, kept_ids: Sequence[np.ndarray] = (),
 ) -> Sampled:  # fmt: skip
-    """The request's completion, `token_ids` and `logprobs` (what `version` sampled now) behind what it had so far.
+    """The request's completion, `token_ids`, `logprobs` and `kept_ids` (what `version` sampled now) behind what it had
+    so far.
 
     `expert_ids` are those of all tokens: a continued completion's context runs again, so nothing is joined here.
     """
     before = request.so_far
+    kept_before = before.kept_ids or () if before else ()
     spans = list(before.version_spans) if before else []
     if token_ids and spans and spans[-1][0] == version:
         spans[-1] = (version, spans[-1][1] + len(token_ids))
@@ -90,6 +92,7 @@ def outcome(
         version_spans=tuple(spans),
         seed=request.seed,
         expert_ids=expert_ids,
+        kept_ids=(*kept_before, *kept_ids) or None,
     )
     return Sampled(prompt_id=request.prompt_id, index=request.index, completion=completion)
 

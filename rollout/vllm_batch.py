@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rollout.engine import check_prompt_lengths
 from rollout.sample import FinishReason, SamplingParams
 from rollout.stream import Request, Sampled, outcome
+from rollout.vllm_sampling import take_kept
 
 if TYPE_CHECKING:
     from rollout.vllm_engine import VLLMEngine
@@ -49,6 +50,7 @@ class VLLMBatch:
                     FinishReason(reason) if reason in ("stop", "length", "paused") else FinishReason.ERROR,
                     self._engine.version,
                     self._engine.recorder.take(output) if self._engine.recorder else None,
+                    take_kept(self._engine.kept, request, len(only.token_ids)),
                 )
             )
         return finished
@@ -59,7 +61,8 @@ class VLLMBatch:
         for request, name in self._running.values():
             token_ids = list(states[name].detokenizer.output_token_ids)
             logprobs = list(states[name].logprobs_processor.logprobs.logprobs)
-            left.append(outcome(request, token_ids, logprobs, FinishReason.PAUSED, self._engine.version))
+            kept = take_kept(self._engine.kept, request, len(token_ids))
+            left.append(outcome(request, token_ids, logprobs, FinishReason.PAUSED, self._engine.version, kept_ids=kept))
         self._core.abort_request(list(self._running))
         if self._engine.recorder:
             for name in self._running:

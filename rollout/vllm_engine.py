@@ -20,7 +20,7 @@ from rollout.stream import Request
 from rollout.vllm_batch import VLLMBatch
 from rollout.vllm_held import Place, places
 from rollout.vllm_routing import ExpertRecorder
-from rollout.vllm_sampling import install_seeded_sampler, sampling_arguments
+from rollout.vllm_sampling import Kept, install_seeded_sampler, sampling_arguments
 from rollout.vllm_setup import engine_arguments, read_architecture, set_environment
 from rollout.vllm_versions import has
 from rollout.vllm_weight_transfer import BACKEND
@@ -67,7 +67,8 @@ class VLLMEngine(WeightReceiver, Engine):
         self._places = _readable(self.llm, model, self._shapes) if is_whole else []
         for name, _, read in self._places:
             self._held_dtypes.setdefault(name, set()).add(read().dtype)
-        self._draws_are_ours = all(self.llm.collective_rpc(install_seeded_sampler))
+        self.kept: Kept = {}
+        self._draws_are_ours = all(self.llm.collective_rpc(install_seeded_sampler, args=(self.kept,)))
 
     def start_batch(self, params: SamplingParams) -> VLLMBatch:
         return VLLMBatch(self, params)
@@ -84,7 +85,7 @@ class VLLMEngine(WeightReceiver, Engine):
             detokenize=False,
             output_kind=self._final_only,
             skip_clone=True,
-            **sampling_arguments(request, self._draws_are_ours),
+            **sampling_arguments(request, params, self._draws_are_ours),
         )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -7,13 +7,16 @@
 5. Adding a constant to all rewards, or scaling them, changes nothing; advantages sum to 0.
 """
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.advantages import AdvantageScale, group_advantages
+from grpo.advantages import group_advantages
 
+GroupScale = Literal["std", "none"]
 EIGHTHS = st.integers(-800, 800).map(lambda k: k / 8)
 GROUPS = st.lists(EIGHTHS, min_size=2, max_size=12)
 
@@ -57,13 +60,13 @@ def test_without_scale_by_hand(rewards: list[float | None], expected: list[float
 @pytest.mark.parametrize("scale", ["std", "none"])
 @settings(deadline=None)  # a busy machine is slow, not wrong
 @given(reward=st.floats(-1e6, 1e6), size=st.integers(2, 20))
-def test_equal_rewards_give_exact_zeros(scale: AdvantageScale, reward: float, size: int) -> None:
+def test_equal_rewards_give_exact_zeros(scale: GroupScale, reward: float, size: int) -> None:
     assert group_advantages([reward, None, *[reward] * (size - 1)], scale=scale) == [0.0, None, *[0.0] * (size - 1)]
 
 
 @pytest.mark.parametrize("scale", ["std", "none"])
 @pytest.mark.parametrize("rewards", [[None, None], [1.0, None], [None, None, 0.5]])
-def test_fewer_than_two_rewards_have_no_baseline(scale: AdvantageScale, rewards: list[float | None]) -> None:
+def test_fewer_than_two_rewards_have_no_baseline(scale: GroupScale, rewards: list[float | None]) -> None:
     assert group_advantages(rewards, scale=scale) == [None] * len(rewards)
 
 

@@ -15,12 +15,13 @@ import torch
 from grpo import checkpoint as checkpoint_module
 from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from grpo.learner import Learner, LearnerConfig
+from grpo.objective import ObjectiveConfig
 from models import load_pretrained
 from tests.grpo.test_grpo_gradients import make_samples
 from tests.grpo.test_grpo_learner import same_bits, snapshot
 from tests.models.test_models_parity import BASE, sharp_model
 
-CONFIG = LearnerConfig(lr=1e-3, warmup_steps=3, kl_coef=0.1)
+CONFIG = LearnerConfig(lr=1e-3, warmup_steps=3, objective=ObjectiveConfig(kl_coef=0.1))
 
 
 def make_learner(seed: int = 0) -> Learner:

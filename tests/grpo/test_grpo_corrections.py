@@ -27,6 +27,7 @@ from grpo.corrections import (
     token_tis,
 )
 from grpo.learner import Learner, LearnerConfig
+from grpo.objective import ObjectiveConfig
 from models import DeepseekV3ForCausalLM, SequenceLayout
 from tests.grpo.test_grpo_gradients import make_samples, update_and_capture
 from tests.models.test_models_parity import BASE, relative_error, sharp_model
@@ -142,7 +143,7 @@ def test_a_dropped_sample_leaves_the_others_alone() -> None:
     samples = [replace(sample, advantage=1.0) for sample in make_samples(model, noise=0.05)]
     far = [lp - 1.0 * m for lp, m in zip(samples[3].sampling_logprobs, samples[3].loss_mask, strict=True)]
     correction = CorrectionConfig(kind="geometric_mask", low=0.7, high=1.4)
-    config = LearnerConfig(lr=0.0, correction=correction, clip_high=9.0)
+    config = LearnerConfig(lr=0.0, correction=correction, objective=ObjectiveConfig(clip_high=9.0))
     masked, report = update_and_capture(
         Learner(model, config, total_steps=1), [*samples[:3], replace(samples[3], sampling_logprobs=far), *samples[4:]]
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from grpo.advantages import AdvantageConfig
 from grpo.batch import TrainingSample
 from grpo.learner import Learner, LearnerConfig
 from grpo.samples import build_samples, reward_samples
@@ -32,7 +33,7 @@ def scripted_group(*script: str) -> CompletionGroup:
 def test_the_sample_by_hand() -> None:
     group = scripted_group("a!", "b$")
     samples, _ = build_samples(
-        [group], [[Score(value=float(i)) for i in range(4)]], temperature=1.0, scale="none", version=9
+        [group], [[Score(value=float(i)) for i in range(4)]], AdvantageConfig(scale="none"), temperature=1.0, version=9
     )
     assert len(samples) == 4
     assert samples[3] == TrainingSample(
@@ -55,7 +56,7 @@ def test_the_gradient_is_that_of_the_policys_tokens(tmp_path: Path) -> None:
     pool = wrap(LocalPool(CONFIG, str(tmp_path / "model")), Counting(rounds=3))
     groups = list(pool.generate(make_prompts(4), PARAMS))
     scores = [[Score(value=float(i % 2)) for i in range(4)] for _ in groups]
-    samples, _ = build_samples(groups, scores, temperature=1.0, scale="none", version=0)
+    samples, _ = build_samples(groups, scores, AdvantageConfig(scale="none"), temperature=1.0, version=0)
     gradients, report = update_and_capture(Learner(model, LearnerConfig(lr=0.0, grad_clip=1e9), 1), samples)
     assert report["policy/clipped"] == 0
 

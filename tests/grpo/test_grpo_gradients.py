@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grpo.batch import Aggregation, TrainingSample, pack
 from grpo.learner import Learner, LearnerConfig
+from grpo.objective import ObjectiveConfig
 from models import CausalLM, SequenceLayout
 from models.moe import RoutedExperts
 from tests.models.test_models_parity import CORNERS, reference_of, relative_error, sharp_model
@@ -94,7 +95,7 @@ def logits_right_padded(model: Any, samples: Sequence[TrainingSample]) -> list[T
 
 
 def plain_loss(
-    policy: Any, initial: Any, samples: Sequence[TrainingSample], config: LearnerConfig, logits_of: LogitsOf
+    policy: Any, initial: Any, samples: Sequence[TrainingSample], config: ObjectiveConfig, logits_of: LogitsOf
 ) -> Tensor:
     """The whole objective, written once more from the formulas."""
     num_tokens = sum(sample.num_trained for sample in samples)
@@ -130,7 +131,9 @@ def test_micro_batches_and_order_do_not_matter(
     shuffled = random.Random(1).sample(samples, len(samples))
 
     def gradients(token_budget: int, batch: Sequence[TrainingSample]) -> dict[str, Tensor]:
-        config = LearnerConfig(lr=0.0, grad_clip=1e9, aggregation=aggregation, token_budget=token_budget)
+        config = LearnerConfig(
+            lr=0.0, grad_clip=1e9, objective=ObjectiveConfig(aggregation=aggregation), token_budget=token_budget
+        )
         captured, report = update_and_capture(Learner(model, config, total_steps=1), batch)
         assert 0.1 < report["policy/clipped"] < 0.5
         return captured
@@ -152,17 +155,20 @@ def test_gradient_equals_a_plain_computation(
     before, model = sharp_model(CORNERS["v3_like"]), sharp_model(CORNERS["v3_like"])
     initial = reference_of(before, tmp_path / "initial")
     config = LearnerConfig(
-        lr=0.0, grad_clip=1e9, clip_high=0.28, kl_coef=kl_coef, aggregation=aggregation, token_budget=70
+        lr=0.0,
+        grad_clip=1e9,
+        objective=ObjectiveConfig(clip_high=0.28, kl_coef=kl_coef, aggregation=aggregation),
+        token_budget=70,
     )
     learner = Learner(model, config, total_steps=1)
     with torch.no_grad():  # away from the initial policy, where the KL penalty would have no gradient
         model.lm_head.weight.add_(0.05 * torch.randn(97, 64, generator=torch.Generator().manual_seed(5)))
     samples = make_samples(model)
     gradients, report = update_and_capture(learner, samples)
-    assert kl_coef == 0 or report["policy/kl_to_initial"] > 0.01
+    assert kl_coef == 0 or report["policy/kl_to_reference"] > 0.01
 
     policy = reference_of(model, tmp_path / "policy")
-    loss = plain_loss(policy, initial, samples, config, logits_of)
+    loss = plain_loss(policy, initial, samples, config.objective, logits_of)
     loss.backward()
     assert report["policy/loss"] == pytest.approx(loss.item(), rel=1e-5)
     expected = {name: parameter.grad for name, parameter in policy.named_parameters()}
@@ -176,8 +182,8 @@ def test_two_updates_equal_a_plain_computation(aggregation: Aggregation, tmp_pat
     model = sharp_model(CORNERS["v3_like"])
     initial, policy = reference_of(model, tmp_path / "a"), reference_of(model, tmp_path / "b")
     config = LearnerConfig(
-        lr=3e-3, warmup_steps=3, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, grad_clip=0.5, kl_coef=0.1,
-        aggregation=aggregation, token_budget=70,
+        lr=3e-3, warmup_steps=3, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, grad_clip=0.5,
+        objective=ObjectiveConfig(kl_coef=0.1, aggregation=aggregation), token_budget=70,
     )  # fmt: skip
     learner = Learner(model, config, total_steps=10)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -185,7 +191,7 @@ def test_two_updates_equal_a_plain_computation(aggregation: Aggregation, tmp_pat
     for step, lr in enumerate([1e-3, 2e-3]):
         samples = make_samples(model, seed=step)
         report = learner.update(samples)
-        plain_loss(policy, initial, samples, config, logits_one_by_one).backward()
+        plain_loss(policy, initial, samples, config.objective, logits_one_by_one).backward()
         norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm()
         assert report["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
         assert norm > 1, "the gradient is too small to be clipped"

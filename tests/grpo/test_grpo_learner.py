@@ -22,6 +22,7 @@ from torch import Tensor
 
 from grpo.batch import TrainingSample
 from grpo.learner import Learner, LearnerConfig, load_metrics
+from grpo.objective import ObjectiveConfig
 from models import CausalLM, SequenceLayout, hf_tensors, save_pretrained
 from rollout.engine import EngineConfig
 from rollout.native_engine import NativeEngine
@@ -46,15 +47,15 @@ def trained_logprobs(learner: Learner, samples: Sequence[TrainingSample]) -> Ten
 
 def test_reference_does_not_move() -> None:
     model = sharp_model(BASE)
-    learner = Learner(model, LearnerConfig(lr=1e-3, kl_coef=0.1), total_steps=9)
+    learner = Learner(model, LearnerConfig(lr=1e-3, objective=ObjectiveConfig(kl_coef=0.1)), total_steps=9)
     samples = [replace(sample, temperature=1.0) for sample in make_samples(model)]
     assert learner.reference is not None
     start, initial = snapshot(model), trained_logprobs(learner, samples)
-    assert learner.update(samples)["policy/kl_to_initial"] == 0
+    assert learner.update(samples)["policy/kl_to_reference"] == 0
     for _ in range(2):
         difference = initial - trained_logprobs(learner, samples)
         k3 = (difference.exp() - difference - 1).mean().item()
-        assert learner.update(samples)["policy/kl_to_initial"] == pytest.approx(k3, rel=1e-3)
+        assert learner.update(samples)["policy/kl_to_reference"] == pytest.approx(k3, rel=1e-3)
         assert k3 > 1e-3
     assert same_bits(snapshot(learner.reference), start)
     assert not same_bits(snapshot(model), start)
@@ -64,7 +65,7 @@ def test_no_penalty_no_copy() -> None:
     model = sharp_model(BASE)
     learner = Learner(model, LearnerConfig(), total_steps=1)
     assert learner.reference is None
-    assert "policy/kl_to_initial" not in learner.update(make_samples(model))
+    assert "policy/kl_to_reference" not in learner.update(make_samples(model))
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
@@ -97,7 +98,9 @@ def test_score_equals_transformers(tmp_path: Path) -> None:
 
 
 def test_state_continues_bit_for_bit() -> None:
-    config = LearnerConfig(lr=1e-3, warmup_steps=1, lr_decay="cosine", kl_coef=0.1, weight_decay=0.1)
+    config = LearnerConfig(
+        lr=1e-3, warmup_steps=1, lr_decay="cosine", weight_decay=0.1, objective=ObjectiveConfig(kl_coef=0.1)
+    )
     model = sharp_model(BASE)
     batches = [make_samples(model, seed=seed) for seed in range(4)]
     learner = Learner(model, config, total_steps=4)
@@ -226,9 +229,6 @@ def test_expert_load_covers_all_micro_batches() -> None:
     [
         ({"lr": -1e-3}, "lr must be >= 0, got -0.001"),
         ({"lr": math.nan}, "lr must be >= 0, got nan"),
-        ({"clip_low": 1.0}, "0 <= clip_low < 1 and clip_high >= 0, got 1.0 and 0.2"),
-        ({"clip_high": -0.1}, "got 0.2 and -0.1"),
-        ({"kl_coef": -0.1}, "kl_coef must be >= 0, got -0.1"),
         ({"token_budget": 0}, "token_budget must be >= 1, got 0"),
     ],
 )

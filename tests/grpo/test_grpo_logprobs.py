@@ -2,18 +2,20 @@
 
 1. Values and gradients do not depend on the chunk size.
 2. Each token has its own temperature; it divides the logits before the softmax.
-3. The entropy is that of the tempered distribution and carries no gradient.
+3. The entropy is that of the tempered distribution; its gradient equals the plain twin's and finite differences.
 4. bfloat16 in, float32 out.
 5. Chunks keep no logits for the backward pass: they compute them again.
+6. Where a part of the vocabulary was kept, values and gradients are those of the distribution over that part.
 """
 
+import math
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from grpo.logprobs import plain_logprobs, token_logprobs
+from grpo.logprobs import KeptTokens, plain_logprobs, token_logprobs
 
 N, D, V = 37, 12, 50
 
@@ -23,29 +25,40 @@ class Inputs(NamedTuple):
     head: Tensor
     targets: Tensor
     temperatures: Tensor
+    kept: KeptTokens | None = None
 
 
-def make_inputs() -> Inputs:
+def make_inputs(*, restricted: bool = False, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Restricted: every third token was drawn from the whole vocabulary, the others from seven and their own."""
     generator = torch.Generator().manual_seed(0)
-    return Inputs(
-        hidden=torch.randn(N, D, generator=generator).requires_grad_(),
-        head=torch.randn(V, D, generator=generator).requires_grad_(),
-        targets=torch.randint(0, V, (N,), generator=generator),
-        temperatures=torch.rand(N, generator=generator) + 0.5,
-    )
+    hidden = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (N,), generator=generator)
+    temperatures = (torch.rand(N, generator=generator) + 0.5).to(dtype)
+    rows, ids = [], []
+    for n in range(N) if restricted else ():
+        if n % 3:
+            others = torch.randperm(V, generator=generator)[:7].tolist()
+            ids += [*others, targets[n].item()]
+            rows += [n] * 8
+    kept = KeptTokens(rows_J=torch.tensor(rows), ids_J=torch.tensor(ids)) if restricted else None
+    return Inputs(hidden, head, targets, temperatures, kept)
 
 
+@pytest.mark.parametrize("restricted", [False, True])
+@pytest.mark.parametrize(("of_logprob", "of_entropy"), [(1.0, 0.0), (0.0, 1.0), (1.0, -0.5)])
 @pytest.mark.parametrize("chunk_size", [1, 8, N - 1, N, 2048])
-def test_chunks_equal_the_plain_twin(chunk_size: int) -> None:
-    inputs = make_inputs()
+def test_chunks_equal_the_plain_twin(chunk_size: int, of_logprob: float, of_entropy: float, restricted: bool) -> None:
+    inputs = make_inputs(restricted=restricted)
     weights = torch.linspace(-1, 2, N)
     plain, plain_entropy = plain_logprobs(*inputs)
     chunked, chunked_entropy = token_logprobs(*inputs, chunk_size=chunk_size)
     assert (plain - chunked).abs().max() < 1e-6 * plain.abs().max()
     assert (plain_entropy - chunked_entropy).abs().max() < 1e-6 * plain_entropy.abs().max()
     wanted = (inputs.hidden, inputs.head)
-    plain_grads = torch.autograd.grad((plain * weights).sum(), wanted)
-    chunked_grads = torch.autograd.grad((chunked * weights).sum(), wanted)
+    terms = [(plain, plain_entropy), (chunked, chunked_entropy)]
+    sums = [(of_logprob * l * weights + of_entropy * h * weights.flip(0)).sum() for l, h in terms]
+    plain_grads, chunked_grads = (torch.autograd.grad(total, wanted) for total in sums)
     for ours, theirs in zip(chunked_grads, plain_grads, strict=True):
         assert (ours - theirs).norm() < 1e-6 * theirs.norm()
 
@@ -59,13 +72,13 @@ def test_without_gradients() -> None:
 
 
 def test_equals_categorical() -> None:
-    inputs = make_inputs()
+    inputs = make_inputs(dtype=torch.float64)
     logprobs, entropies = token_logprobs(*inputs, chunk_size=8)
     for n in range(N):
-        logits = inputs.head.double() @ inputs.hidden[n].double() / inputs.temperatures[n].double()
+        logits = inputs.head @ inputs.hidden[n] / inputs.temperatures[n]
         expected = torch.distributions.Categorical(logits=logits)
-        assert logprobs[n].item() == pytest.approx(expected.log_prob(inputs.targets[n]).item(), abs=2e-6)
-        assert entropies[n].item() == pytest.approx(expected.entropy().item(), abs=2e-6)
+        assert logprobs[n].item() == pytest.approx(expected.log_prob(inputs.targets[n]).item(), abs=1e-12)
+        assert entropies[n].item() == pytest.approx(expected.entropy().item(), abs=1e-12)
 
 
 def test_temperature_by_hand() -> None:
@@ -79,11 +92,29 @@ def test_temperature_by_hand() -> None:
     assert (entropies + p * p.log() + (1 - p) * (1 - p).log()).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("chunk_size", [8, 2048])
-def test_entropy_carries_no_gradient(chunk_size: int) -> None:
-    logprobs, entropies = token_logprobs(*make_inputs(), chunk_size=chunk_size)
-    assert logprobs.requires_grad
-    assert not entropies.requires_grad
+@pytest.mark.parametrize("restricted", [False, True])
+def test_gradients_equal_finite_differences(restricted: bool) -> None:
+    inputs = make_inputs(restricted=restricted, dtype=torch.float64)
+
+    def measure(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(hidden, head, inputs.targets, inputs.temperatures, inputs.kept, chunk_size=16)
+
+    assert measure(inputs.hidden, inputs.head)[1].dtype == torch.float64
+    assert torch.autograd.gradcheck(measure, (inputs.hidden, inputs.head))
+
+
+def test_kept_tokens_by_hand() -> None:
+    """Logits 2, 0, 1 for two tokens. The first was drawn from ids 0 and 1: p = sigmoid(2); the second from all."""
+    head = torch.tensor([[2.0], [0.0], [1.0]], requires_grad=True)
+    kept = KeptTokens(rows_J=torch.tensor([0, 0]), ids_J=torch.tensor([0, 1]))
+    logprobs, entropies = token_logprobs(torch.ones(2, 1), head, torch.tensor([0, 0]), torch.ones(2), kept)
+    p = torch.tensor(2.0).sigmoid()
+    total = math.exp(2) + 1 + math.exp(1)
+    assert logprobs.tolist() == pytest.approx([p.log().item(), 2 - math.log(total)], abs=1e-6)
+    assert entropies[0].item() == pytest.approx(-(p * p.log() + (1 - p) * (1 - p).log()).item(), abs=1e-6)
+    logprobs[0].backward()
+    assert head.grad is not None
+    assert head.grad.squeeze(1).tolist() == pytest.approx([1 - p.item(), p.item() - 1, 0], abs=1e-6)
 
 
 @pytest.mark.parametrize("chunk_size", [8, 2048])

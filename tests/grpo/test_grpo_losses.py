@@ -5,7 +5,8 @@
 3. On-policy the gradient is REINFORCE's, whatever the clip.
 4. k1 and k3 are unbiased for KL(policy || reference), k3 is never negative, k1 may be.
 5. As losses under the policy: k2 has the gradient of KL(policy || reference), k3 that of KL(reference || policy),
-   k1 none.
+   k1 none. Weighted k3 has value and gradient of KL(policy || reference) under any policy that sampled.
+6. The dual clip, and CISPO's weights, by hand. The other losses are in test_grpo_objective.py.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
+from grpo.losses import KLEstimator, cispo_loss, clipped_policy_loss, kl_penalty
 
 # (ratio, advantage, loss, cut), with clip_low 0.2 and clip_high 0.28.
 REGIONS = [
@@ -145,3 +146,59 @@ def test_expected_gradients_of_the_estimators() -> None:
     assert (gradient_as_loss("k2") - forward_gradient).abs().max() < 1e-12
     assert (gradient_as_loss("k3") - backward_gradient).abs().max() < 1e-12
     assert (forward_gradient - backward_gradient).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 2.0])
+def test_weighted_k3_is_unbiased_off_policy(spread: float) -> None:
+    """Samples of another policy than the one that is trained; `spread` is how far their logits are apart."""
+    others = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5], dtype=torch.float64)
+    sampler = (POLICY_LOGITS + spread * others).log_softmax(0)
+
+    def value_and_gradient(estimator: KLEstimator | None) -> tuple[float, torch.Tensor]:
+        logits = POLICY_LOGITS.clone().requires_grad_()
+        logprobs = logits.log_softmax(0)
+        if estimator is None:
+            total = (logprobs.exp() * (logprobs - REFERENCE_LOGPROBS)).sum()
+        else:
+            total = (sampler.exp() * kl_penalty(logprobs, REFERENCE_LOGPROBS, estimator, sampler)).sum()
+        return total.item(), torch.autograd.grad(total, logits)[0]
+
+    value, gradient = value_and_gradient(None)
+    weighted = value_and_gradient("k3_weighted")
+    assert weighted[0] == pytest.approx(value, rel=1e-12)
+    assert (weighted[1] - gradient).abs().max() < 1e-12
+    assert (value_and_gradient("k3")[1] - gradient).abs().max() > 0.1
+    assert spread == 0 or (value_and_gradient("k2")[1] - gradient).abs().max() > 0.05
+
+
+# (ratio, advantage, loss, cut), with clips of 0.2 and a dual clip of 3.
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "cut"),
+    [
+        (2.9, -2.0, 5.8, False),
+        (3.1, -2.0, 6.0, True),
+        (9.0, -2.0, 6.0, True),
+        (9.0, 2.0, -2.4, True),
+        (0.5, -2.0, 1.6, True),
+        (1.0, -2.0, 2.0, False),
+    ],
+)
+def test_dual_clip_by_hand(ratio: float, advantage: float, loss: float, cut: bool) -> None:
+    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss_N, cut_N = clipped_policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.2, dual_clip=3.0)
+    loss_N.sum().backward()
+    assert loss_N.item() == pytest.approx(loss, rel=1e-6) and cut_N.tolist() == [cut]
+    assert logprobs.grad is not None and (logprobs.grad.item() == 0) is cut
+
+
+@pytest.mark.parametrize(
+    ("ratio", "clip_low", "weight"), [(0.5, 0.2, 0.8), (0.5, 1.0, 0.5), (1.0, 0.2, 1.0), (7.0, 0.2, 5.0)]
+)
+def test_cispo_weighs_and_never_cuts(ratio: float, clip_low: float, weight: float) -> None:
+    logprobs = torch.tensor([-0.7], requires_grad=True)
+    old = logprobs.detach() - math.log(ratio)
+    loss_N, cut_N = cispo_loss(logprobs, old, torch.tensor([-2.0]), clip_low, 4.0)
+    loss_N.sum().backward()
+    assert logprobs.grad is not None and logprobs.grad.item() == pytest.approx(2 * weight, rel=1e-6)
+    assert loss_N.item() == pytest.approx(2 * weight * -0.7, rel=1e-6)
+    assert cut_N.item() is (abs(weight - ratio) > 1e-6)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo.advantages import AdvantageConfig
 from grpo.batch import TrainingSample, pack
 from grpo.learner import Learner, LearnerConfig
 from grpo.samples import build_samples
@@ -46,7 +47,7 @@ def sample_groups(model: DeepseekV3ForCausalLM, folder: Path, **engine: int) -> 
 
 def to_samples(groups: list[CompletionGroup]) -> list[TrainingSample]:
     scores = [[Score(value=float(i)) for i in range(len(group.completions))] for group in groups]
-    return build_samples(groups, scores, temperature=1.0, scale="none", version=0)[0]
+    return build_samples(groups, scores, AdvantageConfig(scale="none"), temperature=1.0, version=0)[0]
 
 
 def own_choice(model: DeepseekV3ForCausalLM, group: CompletionGroup, completion: Completion) -> Tensor:

@@ -11,16 +11,17 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from grpo.advantages import AdvantageScale, group_advantages
+from grpo.advantages import AdvantageConfig, group_advantages
 from grpo.batch import TrainingSample
 from grpo.learner import Learner, LearnerConfig
 from grpo.metrics import read_metrics
+from grpo.objective import ObjectiveConfig
 from grpo.step_report import batch_metrics
 from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import DeepseekV3Config, DeepseekV3ForCausalLM, hf_tensors, load_pretrained, save_pretrained
@@ -83,7 +84,7 @@ def make_trainer(
     pool: EnginePool | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     tell: Callable[[str], None] = lambda message: None,
-    reward: Callable[[Sample], float | None] | RewardFunction = even_share,
+    reward: Callable[[Sample], float | Score | None] | RewardFunction = even_share,
     lr: float = 1e-2,
     **settings: Any,
 ) -> GRPOTrainer:
@@ -138,10 +139,20 @@ def test_reward_rises(minibatches: int, policy: Path, tmp_path: Path) -> None:
     assert trainer.learner.step == 20 * minibatches
 
 
-@pytest.mark.parametrize("settings", [{}, {"minibatches": 2, "temperature": 0.8}])
-def test_continued_run_equals_an_uninterrupted_one(settings: dict[str, Any], policy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "reference"),
+    [
+        ({}, {}),
+        ({"minibatches": 2, "temperature": 0.8, "top_p": 0.9}, {"reference_every": 3}),
+        ({"advantages": AdvantageConfig(baseline="leave_one_out", scale="none")}, {"kl_in": "reward"}),
+    ],
+)
+def test_continued_run_equals_an_uninterrupted_one(
+    settings: dict[str, Any], reference: dict[str, Any], policy: Path, tmp_path: Path
+) -> None:
     """Cut off in step 3 of 6, whose row is written but whose checkpoint is not: the newest one is of step 2."""
-    penalty = {"lr": 1e-2, "kl_coef": 0.05, "lr_decay": "cosine"}
+    objective = ObjectiveConfig(kl_coef=0.05, **reference)
+    penalty: dict[str, Any] = {"lr": 1e-2, "lr_decay": "cosine", "objective": objective}
     whole = make_trainer(policy, tmp_path / "whole", learner=make_learner(policy, **penalty), **settings)
     whole.run()
     cut = make_trainer(
@@ -285,9 +296,9 @@ def test_every_step_draws_afresh_from_the_seed(policy: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("scale", ["std", "none"])
-def test_advantages_are_those_of_each_prompt(scale: AdvantageScale, policy: Path, tmp_path: Path) -> None:
+def test_advantages_are_those_of_each_prompt(scale: Literal["std", "none"], policy: Path, tmp_path: Path) -> None:
     learner = make_recorder(policy)
-    make_trainer(policy, tmp_path, learner=learner, steps=1, advantage_scale=scale).run()
+    make_trainer(policy, tmp_path, learner=learner, steps=1, advantages=AdvantageConfig(scale=scale)).run()
     (batch,) = learner.batches
     for group in (batch[0:4], batch[4:8], batch[8:12]):
         assert len({tuple(sample.token_ids[:3]) for sample in group}) == 1

@@ -22,6 +22,7 @@ import models
 from grpo.batch import TrainingSample
 from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.learner import Learner, LearnerConfig
+from grpo.objective import ObjectiveConfig
 from models import SequenceLayout, TransformersCausalLM, hf_tensors
 from models.auto import load_hf_tensors
 from models.checkpoint import tensor_shapes
@@ -196,7 +197,7 @@ def test_the_learner_trains_it(tmp_path: Path) -> None:
             advantage=1.0,
         ) for x in sequences() if len(x) > 1
     ]  # fmt: skip
-    config = LearnerConfig(lr=1e-2, kl_coef=0.1, clip_high=1e9)
+    config = LearnerConfig(lr=1e-2, objective=ObjectiveConfig(kl_coef=0.1, clip_high=1e9))
 
     def learner() -> Learner:
         return Learner(TransformersCausalLM(reference_model(CONFIGS["qwen2_tied"]())), config, total_steps=4)
@@ -205,7 +206,7 @@ def test_the_learner_trains_it(tmp_path: Path) -> None:
     before = first.score([x.tolist() for x in sequences()])
     reports = [first.update(samples) for _ in range(2)]
     after = first.score([x.tolist() for x in sequences()])
-    assert reports[0]["policy/kl_to_initial"] < 1e-6 < 1e-3 < reports[1]["policy/kl_to_initial"]
+    assert reports[0]["policy/kl_to_reference"] < 1e-6 < 1e-3 < reports[1]["policy/kl_to_reference"]
     assert sum(map(sum, after)) > sum(map(sum, before))
     save_checkpoint(tmp_path, first, 2, {"place": 7})
     assert load_checkpoint(tmp_path, second) == (2, {"place": 7})

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from grpo.learner import LearnerConfig
+from grpo.objective import ObjectiveConfig
 from grpo.trainer import TrainerConfig
 from pipelines.config import read_config, write_config
 from pipelines.evaluate import EvalConfig
@@ -72,13 +73,13 @@ def _changed(config: Any) -> Any:
 
 
 def test_a_file_may_hold_a_part_of_the_fields(read: Callable[[str], ZeroConfig]) -> None:
-    config = read("out: elsewhere\ntrainer:\n  steps: 7\nlearner: {lr: 0.5, aggregation: sequence}\n")
+    config = read("out: elsewhere\ntrainer:\n  steps: 7\nlearner: {lr: 0.5, objective: {aggregation: sequence}}\n")
     expected = zero_ledger()
     expected = dataclasses.replace(
         expected,
         out="elsewhere",
         trainer=dataclasses.replace(expected.trainer, steps=7),
-        learner=dataclasses.replace(expected.learner, lr=0.5, aggregation="sequence"),
+        learner=dataclasses.replace(expected.learner, lr=0.5, objective=ObjectiveConfig(aggregation="sequence")),
     )
     assert config == expected
 
@@ -162,8 +163,8 @@ SENSELESS: dict[str, Callable[[], Any]] = {
     "max_tokens must be >= 1, got 0": lambda: TrainerConfig(max_tokens=0),
     "save_every must be >= 1, got 0": lambda: TrainerConfig(save_every=0),
     "lr must be >= 0, got -1": lambda: LearnerConfig(lr=-1),
-    "need 0 <= clip_low < 1": lambda: LearnerConfig(clip_low=1.5),
-    "kl_coef must be >= 0, got -0.1": lambda: LearnerConfig(kl_coef=-0.1),
+    "need 0 <= clip_low <= 1": lambda: ObjectiveConfig(clip_low=1.5),
+    "kl_coef must be >= 0, got -0.1": lambda: ObjectiveConfig(kl_coef=-0.1),
     "token_budget must be >= 1, got 0": lambda: LearnerConfig(token_budget=0),
     "num_engines must be >= 1, got 0": lambda: EngineConfig(num_engines=0),
     "transport 'local' runs exactly 1 engine, got num_engines=2; use 'ray'": lambda: EngineConfig(

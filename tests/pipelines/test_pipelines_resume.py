@@ -26,7 +26,8 @@ FLAGS = (
     *LOCAL, "--num-prompts", 100, "--num-threads", 1, "--trainer.steps", STEPS, "--trainer.save-every", SAVE_EVERY,
     "--trainer.prompts-per-step", 16, "--trainer.completions-per-prompt", 8, "--trainer.log-groups-every", 1,
     # What a checkpoint must carry beside weights: optimizer state, place in the schedule, the initial policy.
-    "--trainer.minibatches", 2, "--learner.lr-decay", "cosine", "--learner.warmup-steps", 3, "--learner.kl-coef", 0.05,
+    "--trainer.minibatches", 2, "--learner.lr-decay", "cosine", "--learner.warmup-steps", 3,
+    "--learner.objective.kl-coef", 0.05,
 )  # fmt: skip
 
 

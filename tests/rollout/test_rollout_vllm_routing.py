@@ -3,7 +3,8 @@
 Pinned: (1) recorded experts equal our model's own routing as sets, also where vLLM preempted a request and ran its
 tokens again; (2) the probe's and finished requests' recordings are not kept; (3) over 20 optimizer steps with 20 syncs
 log-probabilities agree within 1e-4 and experts as sets, and replay makes the learner use the recorded ones; (4) vLLM's
-own recording, as it comes on CUDA, loses its dense layers, and its rows of zeros count as not recorded.
+own recording, as it comes on CUDA, loses its dense layers, and its rows of zeros count as not recorded; (5) with top-k
+and top-p the learner's log-probabilities equal the recorded ones within 1e-4.
 """
 
 import importlib.util
@@ -19,12 +20,15 @@ import numpy as np
 import pytest
 import torch
 
+from grpo.advantages import AdvantageConfig
 from grpo.learner import Learner, LearnerConfig
 from grpo.samples import build_samples
 from models import DeepseekV3Config, SequenceLayout, find_config, hf_tensors, load_pretrained, save_pretrained
 from rewards import Score
+from rollout.decoding import restricted
 from rollout.engine import EngineConfig, build_engine
 from rollout.sample import CompletionGroup, SamplingParams
+from rollout.stream import requests_of
 from rollout.vllm_engine import VLLMEngine
 from rollout.vllm_routing import ExpertRecorder, recording_options
 from rollout.weight_sync import largest_difference, probe_sequences
@@ -126,7 +130,7 @@ def check_training(engine: VLLMEngine, folder: str) -> None:
         groups = engine.generate(prompts, params)
         assert share_of_other_experts(model, groups) == 0, step
         scores = [[Score(value=float(i % 2)) for i in range(4)] for _ in groups]
-        samples, _ = build_samples(groups, scores, temperature=1.0, scale="std", version=step)
+        samples, _ = build_samples(groups, scores, AdvantageConfig(), temperature=1.0, version=step)
         if step == 20:
             break
         report = learner.update(samples)
@@ -149,11 +153,40 @@ def check_training(engine: VLLMEngine, folder: str) -> None:
         assert np.array_equal(used[layer][:-1].numpy(), recorded[:, place])
 
 
+def check_kept_tokens(engine: VLLMEngine, folder: str) -> None:
+    """Also where requests are preempted and drawn again: the cache is too small for all."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    logits_NV = torch.randn(40, 60, generator=torch.Generator().manual_seed(0)) * 2
+    limits = torch.full((40,), 20), torch.full((40,), 0.8)
+    theirs_NV = apply_top_k_top_p(logits_NV.clone(), *limits)
+    assert torch.equal(restricted(logits_NV.log_softmax(-1), 20, 0.8) > -torch.inf, theirs_NV > -torch.inf)
+    params = SamplingParams(num_completions=3, max_tokens=24, top_k=20, top_p=0.8, stop_token_id=3, seed=1)
+    groups = engine.generate(make_prompts(4, CONFIG.vocab_size), params)
+    assert not engine.kept, "what was recorded has been handed out"
+    sizes = {len(ids) for group in groups for c in group.completions for ids in c.kept_ids or ()}
+    assert len(sizes) > 1 and max(sizes) <= 20, sizes
+    scores = [[Score(value=float(i)) for i in range(3)] for _ in groups]
+    samples, _ = build_samples(groups, scores, AdvantageConfig(), temperature=1.0, version=0)
+    learner = Learner(load_pretrained(folder), LearnerConfig(lr=0.0), total_steps=1)
+    assert learner.update(samples)["mismatch/abs_max"] < LIMIT
+    assert learner.update([replace(s, kept_ids=None) for s in samples])["mismatch/abs_max"] > 0.05
+    batch = engine.start_batch(params)
+    batch.admit(requests_of(make_prompts(1, CONFIG.vocab_size)[0], params)[:1])
+    batch.step()
+    batch.step()
+    (paused,) = batch.pause()
+    assert paused.completion.kept_ids is not None and len(paused.completion.kept_ids) == 2
+
+
 class TestWithVLLM:
     pytestmark = needs_vllm
 
     def test_recorded_experts_are_the_models_own(self, run: Callable[..., None]) -> None:
         run(check_recording)
+
+    def test_top_k_and_top_p(self, run: Callable[..., None]) -> None:
+        run(check_kept_tokens)
 
     def test_twenty_steps_and_syncs(self, run: Callable[..., None]) -> None:
         run(check_training)
