@@ -18,7 +18,9 @@ from grpo.logprobs import token_logprobs
 from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
 from grpo.mismatch import MismatchMeter
 from grpo.schedule import Decay, learning_rate
+from grpo.step_guard import StepGuard
 from models import CausalLM, ModelOutput, SequenceLayout
+from models.auto import hf_tensors, load_hf_tensors
 from models.balance import count_experts, load_metrics
 from models.moe import Routing
 from rollout.weight_source import WeightSource
@@ -42,6 +44,11 @@ class LearnerConfig:
     """Decay of AdamW's mean of squared gradients."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger ones are scaled down to it."""
+    skip_norm: float = 0.0
+    """A step is skipped if its gradient norm exceeds this many times the median of the last 100; 0 for no limit. One
+    whose norm is not finite is always skipped."""
+    max_skipped_steps: int = 3
+    """Optimizer steps that may be skipped in a row; one more ends the run."""
     clip_low: float = 0.2
     """Probability ratios below 1 - clip_low get no gradient where the advantage is negative."""
     clip_high: float = 0.2
@@ -66,6 +73,11 @@ class LearnerConfig:
             raise ValueError(f"need 0 <= clip_low < 1 and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
         if not self.grad_clip > 0:
             raise ValueError(f"grad_clip must be > 0, got {self.grad_clip}; inf turns clipping off")
+        if not (self.skip_norm == 0 or self.skip_norm > 1) or self.max_skipped_steps < 0:
+            raise ValueError(
+                "need skip_norm > 1 or 0 for none, and max_skipped_steps >= 0, got "
+                f"{self.skip_norm} and {self.max_skipped_steps}"
+            )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
         if self.kl_coef < 0:
@@ -83,6 +95,7 @@ class Learner:
         self.config = config
         self.total_steps = total_steps
         self.step = 0
+        self.guard = StepGuard(config.skip_norm, config.max_skipped_steps)
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -98,18 +111,21 @@ class Learner:
         return self.model.lm_head.weight.device
 
     def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
-        """One optimizer step over all samples. Raises FloatingPointError if the gradient is not finite."""
+        """One optimizer step over all samples, or none if the guard refuses the gradient: `policy/skipped_steps` is 1
+        then. Raises StepsSkippedError after too many of those in a row.
+        """
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)  # an update that raised must not leave its gradient to this one
         meters = _Meters()
         for micro_batch in pack(samples, config.token_budget, config.aggregation):
             self._backward(micro_batch.to(self.device), meters)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient norm is {norm.item()} at optimizer step {self.step}; lower the learning rate, "
-                "or look for rewards or log-probabilities that are not finite"
-            )
+        norm_ = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = norm_.item()
+        if reason := self.guard.judge(norm):
+            self.guard.stop_if_exhausted(reason, self.step, self.model, samples, meters.tokens)
+            self.optimizer.zero_grad(set_to_none=True)
+            return meters.report() | {"policy/grad_norm": norm, "policy/skipped_steps": 1.0}
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.grad_clip, norm_)
         lr = learning_rate(
             self.step,
             peak=config.lr,
@@ -122,7 +138,7 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return meters.report() | {"policy/grad_norm": norm.item(), "policy/lr": lr}
+        return meters.report() | {"policy/grad_norm": norm, "policy/lr": lr, "policy/skipped_steps": 0.0}
 
     def _backward(self, batch: MicroBatch, meters: "_Meters") -> None:
         config = self.config
@@ -137,6 +153,7 @@ class Learner:
             terms_N = loss_N + config.kl_coef * kl_N
             meters.add("policy/kl_to_initial", kl_N, batch.weights_N)
         (terms_N * batch.weights_N).sum().backward()
+        meters.tokens.append((batch.samples_N, terms_N.detach(), logprobs_N.detach()))
         meters.add("policy/loss", terms_N, batch.weights_N)
         meters.add("policy/entropy", entropies_N, batch.weights_N)
         meters.mismatch.add(logprobs_N.detach(), batch.sampling_logprobs_N, batch.lags_N)
@@ -202,11 +219,19 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs beside the model's weights."""
-        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state_dict(),
+            "reference": None if self.reference is None else dict(hf_tensors(self.reference)),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state["guard"])
+        if self.reference is not None:
+            load_hf_tensors(self.reference, state["reference"].items(), source="the checkpoint's reference model")
 
 
 class _Meters:
@@ -218,6 +243,8 @@ class _Meters:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._expert_counts: dict[int, Tensor] = {}
+        self.tokens: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Per micro-batch [N] place of the sample, loss and log-probability of each trained token."""
         self.mismatch = MismatchMeter()
 
     def add(self, name: str, values_N: Tensor, weights_N: Tensor) -> None:

@@ -84,5 +84,7 @@ def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_config(config: Any, path: Path) -> None:
-    """Writes all fields as JSON; `read_config` gives an equal object back."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """Writes all fields as JSON, whole or not at all; `read_config` gives an equal object back."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    fresh.replace(path)
