@@ -39,8 +39,8 @@ def write_samples(path: Path, samples: Sequence[TrainingSample], step: int) -> N
             tensors[name] = _narrowed(np.concatenate([np.atleast_1d(value) for value in given]))
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")
-    header = {"content": "training samples", "step": str(step), "kinds": json.dumps(kinds)}
-    save_file(tensors, fresh, metadata=header)
+    about = {"content": "training samples", "step": step, "kinds": kinds}
+    save_file(tensors, fresh, metadata={"about": json.dumps(about)})  # of several entries the order would vary
     fresh.replace(path)
 
 
@@ -50,7 +50,7 @@ def read_samples(path: Path) -> list[TrainingSample]:
         raise FileNotFoundError(f"{path} does not exist: a run writes it with --trainer.dump-samples-every 1")
     try:
         with safe_open(path, framework="numpy") as file:
-            kinds: dict[str, str] = json.loads(file.metadata()["kinds"])
+            kinds: dict[str, str] = json.loads(file.metadata()["about"])["kinds"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a file of training samples, or damaged: {error}") from None

@@ -160,7 +160,7 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
     config = run.config
     torch.set_num_threads(config.num_threads)
     console.print(f"engine {config.engine.kind}; {config.trainer.arithmetic()}", soft_wrap=True)
-    set_seed(config.trainer.seed)  # for rewards and adapters that draw from the global generators; nothing else does
+    set_seed(config.trainer.seed % 2**32)  # for rewards and adapters that use the global generators; nothing else does
     learner = build_learner(config)
     with console.status("starting the engines"):
         engines = pool or build_pool(config.engine, config.model)
