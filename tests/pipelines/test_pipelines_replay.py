@@ -65,10 +65,11 @@ def test_the_same_bytes_and_numbers_without_an_engine(
 def test_changes_are_noticed(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     rows = read_metrics(copy)
-    rows[4]["policy/loss"] += 1e-9
+    before = rows[4]["policy/loss"]
+    rows[4]["policy/loss"] = math.nextafter(before, 9)
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = grpo("replay", copy, "--step", 4)
-    assert done.status == 1 and f"  policy/loss: {rows[4]['policy/loss'] - 1e-9!r}, the run logged" in done.out
+    assert done.status == 1 and f"  policy/loss: {before!r}, the run logged" in done.out
     assert done.out.count("the run logged") == 1
     samples = read_samples(sample_path(copy, 4))
     write_samples(sample_path(copy, 4), samples[::-1], 4)
