@@ -117,7 +117,8 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
-    flush_to_disk(folder.parent)
+    for names in (folder.parent, folder.parent.parent):  # the second: the first may be new itself
+        flush_to_disk(names)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -23,10 +23,13 @@ import torch
 from grpo import checkpoint as checkpoint_module
 from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from grpo.learner import Learner, LearnerConfig
-from models import load_pretrained
+from models import hf_tensors, load_pretrained
 from tests.grpo.test_grpo_gradients import make_samples
 from tests.grpo.test_grpo_learner import same_bits, snapshot
+from tests.grpo.test_grpo_trainer import make_trainer, policy
 from tests.models.test_models_parity import BASE, sharp_model
+
+__all__ = ["policy"]
 
 CONFIG = LearnerConfig(lr=1e-3, warmup_steps=3, kl_coef=0.1)
 
@@ -69,8 +72,9 @@ def test_round_trip_continues_bit_for_bit(tmp_path: Path) -> None:
 def test_router_bias_and_reference_come_back(tmp_path: Path) -> None:
     """Also if what the run began with has another content by now: the reference is that of the run's beginning."""
     learner = make_learner()
-    for router in learner.model.routers().values():
-        router.e_score_correction_bias.copy_(torch.randn_like(router.e_score_correction_bias))
+    for name, tensor in hf_tensors(learner.model):
+        if name.endswith("e_score_correction_bias"):
+            tensor.copy_(torch.randn_like(tensor))
     assert learner.reference is not None
     beginning = snapshot(learner.reference)
     samples = make_samples(learner.model)
@@ -247,3 +251,14 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     other = Learner(sharp_model(replace(BASE, num_hidden_layers=2)), CONFIG, total_steps=10)
     with pytest.raises(ValueError, match=r"step_000001: \d+ tensors do not fit the model: unexpected model\.layers\.2"):
         load_checkpoint(tmp_path, other)
+
+
+def test_rows_are_on_disk_before_the_checkpoint_that_follows_them(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave a checkpoint whose history is lost."""
+    events: list[str] = []
+    monkeypatch.setattr("grpo.trainer.flush_to_disk", lambda path: events.append(path.name))
+    monkeypatch.setattr("grpo.trainer.save_checkpoint", lambda *arguments: events.append("checkpoint"))
+    make_trainer(policy, tmp_path, steps=2, save_every=1, log_groups_every=1).run()
+    assert events == ["metrics.jsonl", "groups.jsonl", "checkpoint"] * 2

@@ -12,7 +12,7 @@ import pytest
 from grpo.corrections import CorrectionConfig
 from grpo.metrics import read_metrics
 from grpo.rollouts import RolloutConfig
-from rewards import Sample, Score
+from rewards import Sample, Score, reward
 from rollout.environment_pool import EnvironmentPool
 from rollout.ray_pool import RayPool
 from tests.grpo.test_grpo_trainer import make_learner, make_trainer, policy
@@ -34,6 +34,7 @@ def matches(entry: str, name: str) -> bool:
     return re.fullmatch(pattern, name) is not None
 
 
+@reward
 def even_share_and_length(sample: Sample) -> Score:
     share = sum(token % 2 == 0 for token in sample.completion_ids) / len(sample.completion_ids)
     return Score(value=share, metrics={"length": len(sample.completion_ids)})
