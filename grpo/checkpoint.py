@@ -3,7 +3,7 @@
     policy/         weights and router bias, an ordinary Hugging Face folder
     learner.pt      optimizer, place in the schedule, past gradient norms, reference model
     trainer.pt      finished steps, where sampling stands (data cursor, groups in flight), random number generators
-    manifest.json   size and checksum of every other file, written last
+    manifest.json   size and checksum of every other file, written last; files that a sharded learner adds included
 
 A checkpoint appears whole or not at all, also when the power fails, and older ones go only after that. What was damaged
 later is noticed by its manifest, and the one before it is used.
