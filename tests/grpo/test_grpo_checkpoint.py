@@ -9,6 +9,7 @@
 """
 
 import json
+import os
 import random
 import re
 import shutil
@@ -262,3 +263,38 @@ def test_rows_are_on_disk_before_the_checkpoint_that_follows_them(
     monkeypatch.setattr("grpo.trainer.save_checkpoint", lambda *arguments: events.append("checkpoint"))
     make_trainer(policy, tmp_path, steps=2, save_every=1, log_groups_every=1).run()
     assert events == ["metrics.jsonl", "groups.jsonl", "checkpoint"] * 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to name what is flushed")
+def test_what_a_power_cut_could_lose_is_flushed_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and folder before the rename, the rename before an older checkpoint is removed."""
+    names: set[str] = set()
+    events: list[tuple[str, str]] = []
+    sync, rename, remove = os.fsync, Path.rename, shutil.rmtree
+
+    def watched_sync(descriptor: int) -> None:
+        sync(descriptor)
+        events.append(("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+
+    def watched_rename(path: Path, target: Path) -> Path:
+        if target.name == "step_000006":
+            names.update(file.name for file in [path, *path.rglob("*")])
+            events.append(("rename", target.name))
+        return rename(path, target)
+
+    def watched_remove(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            events.append(("remove", path.name))
+        remove(path, ignore_errors)
+
+    learner = make_learner()
+    save_checkpoint(tmp_path, learner, 5, {}, keep=1)
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    monkeypatch.setattr(shutil, "rmtree", watched_remove)
+    save_checkpoint(tmp_path, learner, 6, {}, keep=1)
+    at = events.index(("rename", "step_000006"))
+    assert {("flush", name) for name in names} == set(events[:at]) and "manifest.json" in names
+    assert events[at + 1] == ("flush", "checkpoints") and events[-1] == ("remove", "step_000005")
