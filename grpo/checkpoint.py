@@ -55,10 +55,6 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step_*"), key=_step_of)
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    return max(checkpoints(run_dir), default=None, key=_step_of)
-
-
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 

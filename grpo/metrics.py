@@ -1,6 +1,6 @@
 """Where a run's numbers go: JSON lines, TensorBoard, wandb and trackio if asked. docs/metrics.md has them all.
 
-logger = MetricsLogger(run_dir, resume_from=0, trackers=("wandb",), config={"steps": 100})
+logger = MetricsLogger(run_dir, resume_from=0, trackers=("wandb",))
 logger.log(step, {"reward/mean": 0.5})
 """
 
@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,20 +23,14 @@ Tracker = Literal["wandb", "trackio"]
 class MetricsLogger:
     """Appends one JSON object per step to `metrics.jsonl` and gives the same to TensorBoard and the trackers."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        resume_from: int,
-        trackers: Sequence[Tracker] = (),
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, run_dir: Path, resume_from: int, trackers: Sequence[Tracker] = ()) -> None:
         """`resume_from` is the first step that will be logged; what the file has from that step on is dropped. Trackers
-        are told the `config`. Raises ValueError for a tracker that is not installed.
+        are given the run's `config.json`, if there is one. Raises ValueError for a tracker that is not installed.
         """
         self.path = run_dir / "metrics.jsonl"
         drop_steps(self.path, resume_from)
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_from)
-        self._trackers = _start_trackers(trackers, run_dir, dict(config or {}))
+        self._trackers = _start_trackers(trackers, run_dir)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         append_rows(self.path, [{"step": step, **metrics}])
@@ -58,7 +52,7 @@ def check_trackers(names: Sequence[Tracker]) -> None:
             raise ValueError(f"trainer.trackers: {name} is not installed; run `pip install {name}`, or leave it out")
 
 
-def _start_trackers(names: Sequence[Tracker], run_dir: Path, config: dict[str, Any]) -> list[Any]:
+def _start_trackers(names: Sequence[Tracker], run_dir: Path) -> list[Any]:
     """One tracked run per run folder: after a resume the same one goes on. It sees again the steps behind the
     checkpoint, with the same numbers; wandb ignores them, trackio shows each twice.
     """
@@ -82,7 +76,8 @@ def _start_trackers(names: Sequence[Tracker], run_dir: Path, config: dict[str, A
         else:
             trackers.append(TrackioTracker("grpo", name=title, resume="allow"))
         trackers[-1].start()
-        trackers[-1].store_init_configuration(config)
+        if (config := run_dir / "config.json").exists():
+            trackers[-1].store_init_configuration(json.loads(config.read_text()))
     return trackers
 
 

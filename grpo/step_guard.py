@@ -54,6 +54,9 @@ class StepsSkippedError(FloatingPointError):
         super().__init__(message)
         self.culprits, self.batch = culprits, batch
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.culprits, self.batch)  # else it could not come from another process
+
 
 class StepGuard:
     """Remembers the norms of applied steps and how many were skipped in a row."""

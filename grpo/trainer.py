@@ -8,12 +8,12 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from grpo.advantages import AdvantageScale
 from grpo.batch import TrainingSample
-from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from grpo.checkpoint import checkpoints, find_damage, load_checkpoint, save_checkpoint
 from grpo.interruption import interruption
 from grpo.learner import Learner
 from grpo.metrics import MetricsLogger, Tracker, append_rows, drop_steps
@@ -132,8 +132,7 @@ class GRPOTrainer:
         self.decode, self.stop_token_id = decode, stop_token_id
         self.run_dir, self.on_step, self.tell = run_dir, on_step, tell
         self.first_step, sampled = load_checkpoint(run_dir, learner, tell)
-        settings = {"trainer": asdict(config), "learner": asdict(learner.config)}
-        self.logger = MetricsLogger(run_dir, self.first_step, config.trackers, settings)
+        self.logger = MetricsLogger(run_dir, self.first_step, config.trackers)
         self.groups_path = run_dir / "groups.jsonl"
         drop_steps(self.groups_path, self.first_step)
         self.probe = probe_sequences(prompts.prompts, learner.model.config.vocab_size)
@@ -177,8 +176,8 @@ class GRPOTrainer:
         except OSError as error:
             if not is_disk_full(error):
                 raise
-            newest = latest_checkpoint(self.run_dir)
-            kept = f"{newest.name} is whole" if newest else "there is no checkpoint yet"
+            whole = [folder.name for folder in checkpoints(self.run_dir) if find_damage(folder) is None]
+            kept = f"{whole[-1]} is whole" if whole else "there is no whole checkpoint"
             message = f"the disk is full: {self.run_dir} stops after {finished} steps ({kept}); free space and resume"
             raise OSError(errno.ENOSPC, message) from error
         return finished

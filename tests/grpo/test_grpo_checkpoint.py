@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from grpo import checkpoint as checkpoint_module
-from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from grpo.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from grpo.learner import Learner, LearnerConfig
 from models import hf_tensors, load_pretrained
 from tests.grpo.test_grpo_gradients import make_samples
@@ -46,7 +46,7 @@ def entries(run_dir: Path) -> list[str]:
 def test_no_checkpoint_is_step_0(tmp_path: Path) -> None:
     learner = make_learner()
     before = snapshot(learner.model)
-    assert latest_checkpoint(tmp_path) is None
+    assert checkpoints(tmp_path) == []
     assert load_checkpoint(tmp_path, learner) == (0, None)
     assert same_bits(snapshot(learner.model), before)
 

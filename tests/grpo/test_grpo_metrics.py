@@ -134,8 +134,9 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_trackers_get_the_same_and_go_on(name: Tracker, stubs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "my_run"
     run_dir.mkdir()
+    (run_dir / "config.json").write_text('{"trainer": {"steps": 2}}')
     for first in (0, 1):
-        logger = MetricsLogger(run_dir, first, trackers=(name,), config={"trainer": {"steps": 2}})
+        logger = MetricsLogger(run_dir, first, trackers=(name,))
         for step in range(first, 2):
             logger.log(step, {"reward/mean": step / 3})
         logger.close()

@@ -8,6 +8,7 @@
 
 import json
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def test_the_culprits_are_named(tmp_path: Path) -> None:
         StepsSkippedError, match=r"^3 optimizer steps in a row were skipped, 0 had been taken"
     ) as caught:
         learner.update(bad)
-    caught.value.culprits.write(tmp_path, caught.value.batch, step=7)
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert str(error) == str(caught.value)
+    error.culprits.write(tmp_path, error.batch, step=7)
     written = json.loads((tmp_path / "culprits.json").read_text())
     assert written["step"] == 7 and written["reason"] == "the gradient norm is nan"
     assert "lm_head.weight" in written["parameters"]
