@@ -19,7 +19,9 @@ from grpo.losses import kl_penalty, sample_sums
 from grpo.mismatch import MismatchMeter
 from grpo.objective import ObjectiveConfig, entropy_threshold_of, objective_terms
 from grpo.schedule import Decay, learning_rate
+from grpo.step_guard import StepGuard
 from models import CausalLM, ModelOutput, SequenceLayout
+from models.auto import hf_tensors, load_hf_tensors
 from models.balance import count_experts, load_metrics
 from models.moe import Routing
 from rollout.weight_source import WeightSource
@@ -43,6 +45,11 @@ class LearnerConfig:
     """Decay of AdamW's mean of squared gradients."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger ones are scaled down to it."""
+    skip_norm: float = 0.0
+    """A step is skipped if its gradient norm exceeds this many times the median of the last 100; 0 for no limit. One
+    whose norm is not finite is always skipped."""
+    max_skipped_steps: int = 3
+    """Optimizer steps that may be skipped in a row; one more ends the run."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What an optimizer step minimizes."""
     token_budget: int = 8192
@@ -57,6 +64,11 @@ class LearnerConfig:
             raise ValueError(f"lr must be >= 0, got {self.lr}")
         if not self.grad_clip > 0:
             raise ValueError(f"grad_clip must be > 0, got {self.grad_clip}; inf turns clipping off")
+        if not (self.skip_norm == 0 or self.skip_norm > 1) or self.max_skipped_steps < 0:
+            raise ValueError(
+                "need skip_norm > 1 or 0 for none, and max_skipped_steps >= 0, got "
+                f"{self.skip_norm} and {self.max_skipped_steps}"
+            )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
         if self.token_budget < 1:
@@ -72,6 +84,7 @@ class Learner:
         self.config = config
         self.total_steps = total_steps
         self.step = 0
+        self.guard = StepGuard(config.skip_norm, config.max_skipped_steps)
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.objective.kl_coef else None
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -87,7 +100,9 @@ class Learner:
         return self.model.lm_head.weight.device
 
     def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
-        """One optimizer step over all samples. Raises FloatingPointError if the gradient is not finite."""
+        """One optimizer step over all samples, or none if the guard refuses the gradient: `policy/skipped_steps` is 1
+        then. Raises StepsSkippedError after too many of those in a row.
+        """
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)  # an update that raised must not leave its gradient to this one
         meters = _Meters()
@@ -95,12 +110,13 @@ class Learner:
         threshold = self._entropy_threshold(micro_batches)
         for micro_batch in micro_batches:
             self._backward(micro_batch.to(self.device), meters, threshold)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient norm is {norm.item()} at optimizer step {self.step}; lower the learning rate, "
-                "or look for rewards or log-probabilities that are not finite"
-            )
+        norm_ = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = norm_.item()
+        if reason := self.guard.judge(norm):
+            self.guard.stop_if_exhausted(reason, self.step, self.model, samples, meters.tokens)
+            self.optimizer.zero_grad(set_to_none=True)
+            return meters.report() | {"policy/grad_norm": norm, "policy/skipped_steps": 1.0}
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.grad_clip, norm_)
         lr = learning_rate(
             self.step,
             peak=config.lr,
@@ -116,7 +132,7 @@ class Learner:
         every = config.objective.reference_every
         if self.reference is not None and every and self.step % every == 0:
             self.reference.load_state_dict(self.model.state_dict())
-        return meters.report() | {"policy/grad_norm": norm.item(), "policy/lr": lr}
+        return meters.report() | {"policy/grad_norm": norm, "policy/lr": lr, "policy/skipped_steps": 0.0}
 
     def _pack(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
         objective = self.config.objective
@@ -131,6 +147,7 @@ class Learner:
             config.objective, config.correction, batch, logprobs_N, entropies_N, reference_N, entropy_threshold
         )
         terms.loss.backward()
+        meters.tokens.append((batch.samples_N, terms.of_tokens_N, logprobs_N.detach()))
         meters.add("policy/loss", terms.loss, 1.0)
         for name, values_N in terms.means.items():
             meters.add(name, values_N, batch.weights_N / batch.weight_sum)
@@ -216,16 +233,19 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs beside the model's weights."""
-        state = {"step": self.step, "optimizer": self.optimizer.state_dict()}
-        if self.reference is not None and self.config.objective.reference_every:
-            state["reference"] = self.reference.state_dict()  # else it is the model that the run began with
-        return state
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state_dict(),
+            "reference": None if self.reference is None else dict(hf_tensors(self.reference)),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.reference is not None and "reference" in state:
-            self.reference.load_state_dict(state["reference"])
+        self.guard.load_state_dict(state["guard"])
+        if self.reference is not None:
+            load_hf_tensors(self.reference, state["reference"].items(), source="the checkpoint's reference model")
 
 
 class _Meters:
@@ -237,6 +257,8 @@ class _Meters:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._expert_counts: dict[int, Tensor] = {}
+        self.tokens: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Per micro-batch [N] place of the sample, loss and log-probability of each trained token."""
         self.mismatch = MismatchMeter()
 
     def add(self, name: str, values_N: Tensor, weights_N: Tensor | float) -> None:

@@ -116,6 +116,8 @@ class Terms:
 
     loss: Tensor
     """Scalar; the sum over all micro-batches is the objective."""
+    of_tokens_N: Tensor
+    """[N] the loss of each token before it is weighted, without gradient."""
     means: dict[str, Tensor] = field(default_factory=dict)
     """Metric -> [N], to be averaged over the trained tokens."""
 
@@ -156,7 +158,7 @@ def objective_terms(
     if config.positive_nll_coef and batch.totals.positive_tokens:
         nll_sum = -(logprobs_N * (batch.advantages_N > 0)).sum()
         loss = loss + config.positive_nll_coef / batch.totals.positive_tokens * nll_sum
-    return Terms(loss=loss, means=means)
+    return Terms(loss=loss, of_tokens_N=terms_N.detach(), means=means)
 
 
 def policy_loss(

@@ -3,26 +3,29 @@
 GRPOTrainer(config, learner, pool, prompts, rubric, decode, stop_token_id, run_dir).run()
 """
 
-import contextlib
+import errno
 import logging
 import random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from grpo.advantages import AdvantageConfig
 from grpo.batch import TrainingSample
-from grpo.checkpoint import load_checkpoint, save_checkpoint
+from grpo.checkpoint import checkpoints, find_damage, load_checkpoint, save_checkpoint
+from grpo.interruption import interruption
 from grpo.learner import Learner
-from grpo.metrics import MetricsLogger, append_rows, drop_steps
+from grpo.metrics import MetricsLogger, Tracker, append_rows, drop_steps
+from grpo.minibatches import update_in_minibatches
 from grpo.mismatch import MismatchAlarm
 from grpo.objective import check_supervision
 from grpo.rollouts import RolloutConfig, Rollouts, RolloutState
+from grpo.sample_file import sample_path, write_samples
 from grpo.samples import Decode, build_samples, score_groups
+from grpo.step_guard import StepsSkippedError
 from grpo.step_report import batch_metrics, group_rows
+from models.checkpoint import flush_to_disk, is_disk_full
 from rewards import Rubric, Score
 from rollout.engine import WeightStream
 from rollout.pool import EnginePool
@@ -62,8 +65,14 @@ class TrainerConfig:
     filtering, arXiv:2503.14476) and in no denominator."""
     save_every: int = 50
     """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """The newest of them that stay: should the last be damaged, the run goes on from the one before."""
     log_groups_every: int = 10
     """Steps between dumps of a batch's completions with their scores to `groups.jsonl`; 0 for none."""
+    dump_samples_every: int = 0
+    """Steps between files of what is trained on, in `samples/`, for `grpo replay`; 0 for none."""
+    trackers: tuple[Tracker, ...] = ()
+    """Where the metrics go beside `metrics.jsonl` and TensorBoard: wandb, trackio."""
     probe_limit: float = 1e-3
     """Largest difference of log-probabilities allowed between learner and engine after a sync."""
     mismatch_alarm_kl: float = 1e-4
@@ -76,7 +85,7 @@ class TrainerConfig:
     """How the groups of a step come together."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "max_tokens", "save_every", "probe_every"):
+        for name in ("steps", "prompts_per_step", "max_tokens", "save_every", "keep_checkpoints", "probe_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.completions_per_prompt < 2:
@@ -87,9 +96,10 @@ class TrainerConfig:
             raise ValueError(
                 f"minibatches={self.minibatches} must divide the {self.samples_per_step} samples of a step"
             )
-        if self.log_groups_every < 0 or not self.probe_limit > 0:
+        if self.log_groups_every < 0 or self.dump_samples_every < 0 or not self.probe_limit > 0:
             raise ValueError(
-                f"need log_groups_every >= 0 and probe_limit > 0, got {self.log_groups_every} and {self.probe_limit}"
+                "need log_groups_every >= 0, dump_samples_every >= 0 and probe_limit > 0, got "
+                f"{self.log_groups_every}, {self.dump_samples_every} and {self.probe_limit}"
             )
         if not self.mismatch_alarm_kl > 0:
             raise ValueError(f"mismatch_alarm_kl must be > 0, got {self.mismatch_alarm_kl}")
@@ -127,14 +137,15 @@ class GRPOTrainer:
         on_step: OnStep = lambda step, metrics: None,
         tell: Callable[[str], None] = _LOG.warning,
     ) -> None:
-        """Continues from the newest checkpoint in `run_dir` if there is one."""
+        """Continues from the newest whole checkpoint in `run_dir` if there is one; `tell` hears of damaged ones."""
         self.config, self.learner, self.pool = config, learner, pool
         self.decode, self.stop_token_id = decode, stop_token_id
         self.run_dir, self.on_step, self.tell = run_dir, on_step, tell
         check_supervision(config.advantages.supervision, learner.config.objective)
-        self.first_step, sampled = load_checkpoint(run_dir, learner)
-        self.logger = MetricsLogger(run_dir, resume_from=self.first_step)
-        drop_steps(run_dir / "groups.jsonl", self.first_step)
+        self.first_step, sampled = load_checkpoint(run_dir, learner, tell)
+        self.logger = MetricsLogger(run_dir, self.first_step, config.trackers)
+        self.groups_path = run_dir / "groups.jsonl"
+        drop_steps(self.groups_path, self.first_step)
         self.probe = probe_sequences(prompts.prompts, learner.model.config.vocab_size)
         self.alarm = MismatchAlarm(config.mismatch_alarm_kl, tell)
         self._seconds: dict[str, float] = {}
@@ -159,20 +170,38 @@ class GRPOTrainer:
     def run(self) -> int:
         """Steps until `config.steps` are done, or until Ctrl-C: then the step under way is finished and saved.
 
-        Returns the number of finished steps. Raises SyncError if the engines do not hold the learner's weights.
+        Returns the number of finished steps. Raises SyncError if the engines do not hold the learner's weights,
+        StepsSkippedError after too many bad gradients, and OSError if the disk is full.
         """
         finished = self.first_step
         try:
-            with _interruption(self.tell) as interrupted:
-                self.sync(version=self.first_step, probe_every=1)  # engines start from files, not from the learner
-                while finished < self.config.steps and not interrupted.is_set():
-                    self.run_step(finished)
-                    finished += 1
-                    if finished % self.config.save_every == 0 or finished == self.config.steps or interrupted.is_set():
-                        save_checkpoint(self.run_dir, self.learner, finished, self.rollouts.state.to_plain())
-        finally:
-            self.close()
+            try:
+                with interruption(self.tell) as interrupted:
+                    self.sync(version=self.first_step, probe_every=1)  # engines start from files, not from the learner
+                    while finished < self.config.steps and not interrupted.is_set():
+                        self.run_step(finished)
+                        finished += 1
+                        is_last = finished == self.config.steps or interrupted.is_set()
+                        if is_last or finished % self.config.save_every == 0:
+                            self.save(finished)
+            finally:
+                self.close()
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            whole = [folder.name for folder in checkpoints(self.run_dir) if find_damage(folder) is None]
+            kept = f"{whole[-1]} is whole" if whole else "there is no whole checkpoint"
+            message = f"the disk is full: {self.run_dir} stops after {finished} steps ({kept}); free space and resume"
+            raise OSError(errno.ENOSPC, message) from error
         return finished
+
+    def save(self, finished: int) -> None:
+        """Writes a checkpoint; the rows of the steps before it are on disk by then, and survive what it survives."""
+        for path in (self.logger.path, self.groups_path):
+            if path.exists():
+                flush_to_disk(path)
+        state = self.rollouts.state.to_plain()
+        save_checkpoint(self.run_dir, self.learner, finished, state, self.config.keep_checkpoints)
 
     def close(self) -> None:
         self.rollouts.close()
@@ -197,20 +226,25 @@ class GRPOTrainer:
         self.log(step, metrics, batch.sampled, batch.sampled_scores)
 
     def update(self, samples: list[TrainingSample], step: int) -> dict[str, float]:
-        """`minibatches` optimizer steps over the shuffled samples; the mean of their reports, mismatch from the
-        first.
-        """
+        """`minibatches` optimizer steps over the shuffled samples, see `grpo/minibatches.py`."""
         with _Clock(self._seconds, "learn"):
-            if not samples:
-                return {}
-            if self.config.minibatches > 1:
+            if self.config.minibatches > 1 and samples:
                 samples = self.learner.with_old_logprobs(samples)
                 random.Random(f"{self.config.seed} {step}").shuffle(samples)
-            size = -(-len(samples) // self.config.minibatches)
-            reports = [self.learner.update(samples[i : i + size]) for i in range(0, len(samples), size)]
-            mean = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
-            mismatch = {name: value for name, value in reports[0].items() if name.startswith("mismatch/")}
-            return mean | mismatch | self.alarm.check(mismatch)
+            if self.config.dump_samples_every and step % self.config.dump_samples_every == 0:
+                write_samples(sample_path(self.run_dir, step), samples, step)
+            if not samples:
+                return {}
+            try:
+                report = update_in_minibatches(self.learner, samples, self.config.minibatches)
+            except StepsSkippedError as error:
+                folder = self.run_dir / "culprits"
+                error.culprits.write(folder, error.batch, step)
+                message = f"step {step}: {error}. The batch, and what is wrong in it: {folder}"
+                raise StepsSkippedError(message, error.culprits, error.batch) from None
+            if skipped := report["policy/skipped_steps"]:
+                self.tell(f"step {step}: {skipped:.0f} of {self.config.minibatches} optimizer steps skipped")
+            return report | self.alarm.check(report)
 
     def sync(self, version: int, probe_every: int) -> float | None:
         """Gives the engines the learner's weights; what they were sampling goes on with these."""
@@ -242,33 +276,8 @@ class GRPOTrainer:
         }
         self.logger.log(step, metrics)
         if self.config.log_groups_every and step % self.config.log_groups_every == 0:
-            append_rows(self.run_dir / "groups.jsonl", group_rows(step, groups, scores, self.decode))
+            append_rows(self.groups_path, group_rows(step, groups, scores, self.decode))
         self.on_step(step, metrics)
-
-
-@contextlib.contextmanager
-def _interruption(tell: Callable[[str], None]) -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM within the block; a second one interrupts as usual. In the main thread only,
-    where Python handles signals."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: object) -> None:
-        asked.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        tell("stopping: this step is finished and saved; once more to stop at once")
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Clock:

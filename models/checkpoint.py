@@ -102,30 +102,47 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    fresh, old = recover_folder(folder)
     fresh.mkdir()
     try:
         yield fresh
         for path in [*fresh.rglob("*"), fresh]:
-            _flush_to_disk(path)
+            flush_to_disk(path)
     except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if is_disk_full(error):
             message = f"the disk is full: {folder} was not written, what stood there before is untouched; free space"
             raise OSError(errno.ENOSPC, message) from error
         raise
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
-    _flush_to_disk(folder.parent)
+    for names in (folder.parent, folder.parent.parent):  # the second: the first may be new itself
+        flush_to_disk(names)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush_to_disk(path: Path) -> None:
+def recover_folder(folder: Path) -> tuple[Path, Path]:
+    """Removes what a crash in `replace_folder` left beside `folder`, or puts it back; the two hidden names."""
+    fresh, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return fresh, old
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that nothing more can be written: full, or over a quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def flush_to_disk(path: Path) -> None:
+    """Returns when a file's content, or a folder's list of names, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,6 +3,7 @@
     grpo quickstart
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
+    grpo replay RUN --step N [--last M] [--out DIR]
     grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
     grpo model info DIR|PRESET
@@ -56,6 +57,7 @@ def _commands() -> dict[str, Command]:
     from pipelines.pretrain import PretrainConfig, run_pretrain
     from pipelines.quickstart import QuickstartConfig, run_quickstart
     from pipelines.recipes import PRETRAIN_RECIPES, ZERO_RECIPES
+    from pipelines.replay import ReplayConfig, run_replay
     from pipelines.zero import ZeroConfig, run_zero
 
     return {
@@ -68,6 +70,7 @@ def _commands() -> dict[str, Command]:
         "zero": Command(
             config=ZeroConfig, recipes={"default": lambda: ZeroConfig(model="")} | ZERO_RECIPES, run=run_zero
         ),
+        "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
         "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),
         "reward": _reward_command(),
         # What to do with the model stands where other commands name their recipe.
@@ -183,11 +186,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = command.run(parse(command, arguments[1:], f"grpo {arguments[0]}"))
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise
         print(f"grpo: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     return result if isinstance(result, int) else 0
 
 

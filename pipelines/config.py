@@ -9,6 +9,7 @@ Unknown keys, wrong types and contradictions raise ValueError with one line that
 import dataclasses
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,5 +85,10 @@ def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_config(config: Any, path: Path) -> None:
-    """Writes all fields as JSON; `read_config` gives an equal object back."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """Writes all fields as JSON, whole or not at all; `read_config` gives an equal object back."""
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("w") as file:
+        file.write(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)

@@ -93,7 +93,9 @@ def find_recipe(config: DoctorConfig) -> ZeroConfig:
 
 def still(zero: ZeroConfig, steps: int, out: Path) -> ZeroConfig:
     """The same run with learning rate 0, which ends before it would save anything."""
-    trainer = replace(zero.trainer, steps=steps + 1, save_every=steps + 1, log_groups_every=0)
+    trainer = replace(
+        zero.trainer, steps=steps + 1, save_every=steps + 1, log_groups_every=0, dump_samples_every=0, trackers=()
+    )
     return replace(zero, out=str(out), resume=False, trainer=trainer, learner=replace(zero.learner, lr=0.0))
 
 

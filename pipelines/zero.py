@@ -3,7 +3,8 @@
     grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero
     grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero --resume
 
-The run folder holds config.json, metrics.jsonl, tensorboard/, groups.jsonl, checkpoints/ and at the end model/.
+The run folder holds config.json, metrics.jsonl, tensorboard/, groups.jsonl, checkpoints/ and at the end model/; also
+samples/ if asked, and culprits/ if it ended because of bad gradients.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from grpo.learner import Learner, LearnerConfig
+from grpo.metrics import check_trackers
 from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import from_pretrained
 from models.auto import write_checkpoint
@@ -105,6 +107,7 @@ def prepare(config: ZeroConfig) -> PreparedRun:
     config = replace(config, engine=config.engine.resolved())
     tokenizer = load_tokenizer(config.model)
     tensor_shapes(config.model)  # are the weights there?
+    check_trackers(config.trainer.trackers)
     task = get_task(config.task)
     rubric = build_rubric(config.reward, task)
     rows = task_rows(
@@ -157,6 +160,7 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
     config = run.config
     torch.set_num_threads(config.num_threads)
     console.print(f"engine {config.engine.kind}; {config.trainer.arithmetic()}", soft_wrap=True)
+    set_seed(config.trainer.seed % 2**32)  # for rewards and adapters that use the global generators; nothing else does
     learner = build_learner(config)
     with console.status("starting the engines"):
         engines = pool or build_pool(config.engine, config.model)
@@ -170,6 +174,8 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
             )  # fmt: skip
             if trainer.first_step:
                 bar.advance("resumed", steps=trainer.first_step)
+            elif config.resume:
+                console.print("there is no checkpoint yet: the run begins again from step 0")
             finished = trainer.run()
     finally:
         if pool is None:

@@ -1,12 +1,11 @@
 """Pins the learner around its gradient (test_grpo_gradients.py pins that).
 
 1. With a KL penalty it keeps the initial policy, which never moves; without one it keeps no copy.
-2. A gradient that is not finite stops the run before any weight changes.
-3. score() equals transformers' log-probabilities.
-4. Learner state plus weights continue bit for bit.
-5. Mismatch is rounding where sampler and learner hold the same weights, at any temperature, and the shift where not.
-6. lr=0 changes no bit; the gradient norm is clipped before the optimizer and reported before the clip.
-7. Reported numbers are what their names say; wrong settings are refused.
+2. score() equals transformers' log-probabilities.
+3. Learner state plus weights continue bit for bit.
+4. Mismatch is rounding where sampler and learner hold the same weights, at any temperature, and the shift where not.
+5. lr=0 changes no bit; the gradient norm is clipped before the optimizer and reported before the clip.
+6. Reported numbers are what their names say; wrong settings are refused.
 """
 
 import copy
@@ -66,22 +65,6 @@ def test_no_penalty_no_copy() -> None:
     learner = Learner(model, LearnerConfig(), total_steps=1)
     assert learner.reference is None
     assert "policy/kl_to_reference" not in learner.update(make_samples(model))
-
-
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_gradient_that_is_not_finite_stops_the_run(bad: float) -> None:
-    model = sharp_model(BASE)
-    learner = Learner(model, LearnerConfig(lr=1e-3), total_steps=9)
-    samples = make_samples(model)
-    learner.update(samples)
-    before = snapshot(model)
-    broken = replace(samples[2], advantage=2.0, sampling_logprobs=[bad] * len(samples[2].token_ids))
-    with pytest.raises(FloatingPointError, match="gradient norm is nan at optimizer step 1; lower the learning rate"):
-        learner.update([*samples[:2], broken])
-    assert same_bits(snapshot(model), before)
-    assert learner.step == 1
-    learner.update(samples)  # the broken gradient must not be left behind for this one
-    assert learner.step == 2
 
 
 def test_score_equals_transformers(tmp_path: Path) -> None:
@@ -229,6 +212,8 @@ def test_expert_load_covers_all_micro_batches() -> None:
     [
         ({"lr": -1e-3}, "lr must be >= 0, got -0.001"),
         ({"lr": math.nan}, "lr must be >= 0, got nan"),
+        ({"skip_norm": 1.0}, "skip_norm > 1 or 0 for none, and max_skipped_steps >= 0, got 1.0 and 3"),
+        ({"max_skipped_steps": -1}, "got 0.0 and -1"),
         ({"token_budget": 0}, "token_budget must be >= 1, got 0"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo.checkpoint import latest_checkpoint
+from grpo.checkpoint import checkpoints
 from grpo.metrics import read_metrics
 from grpo.rollouts import RolloutConfig
 from rewards import load_rubric
@@ -94,8 +94,7 @@ def test_ctrl_c_finishes_the_step_and_saves(policy: Path, tmp_path: Path) -> Non
     assert interrupted.run() == 3
     assert told == ["stopping: this step is finished and saved; once more to stop at once"]
     assert signal.getsignal(signal.SIGINT) is before
-    folder = latest_checkpoint(tmp_path / "cut")
-    assert folder is not None and folder.name == "step_000003"
+    assert [folder.name for folder in checkpoints(tmp_path / "cut")] == ["step_000003"]
     resumed = make_trainer(policy, tmp_path / "cut", save_every=50)
     assert resumed.run() == 6
     whole = make_trainer(policy, tmp_path / "whole", save_every=50)

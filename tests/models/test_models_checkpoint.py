@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import DeepseekV3Config, DeepseekV3ForCausalLM, SequenceLayout
 from models.checkpoint import (
     hf_tensors,
+    is_disk_full,
     load_hf_tensors,
     load_pretrained,
     read_tensors,
@@ -204,6 +205,19 @@ def test_full_disk_leaves_the_previous_checkpoint(where: str, tmp_path, monkeypa
     assert caught.value.errno == errno.ENOSPC
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "leftovers"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_known_behind_other_errors(number: int) -> None:
+    """torch's writer raises RuntimeError while it handles the real one."""
+    try:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904  as torch does
+    except RuntimeError as error:
+        assert is_disk_full(error)
+    assert not is_disk_full(RuntimeError("unexpected")) and not is_disk_full(OSError(errno.EIO, "bad sector"))
 
 
 def test_crash_between_the_renames_loses_nothing(tmp_path) -> None:

@@ -6,6 +6,7 @@ with exit status 2, no box and no traceback; (4) exit status 0 done, 1 did not l
 is not the user's keeps its traceback; (5) the help of every command names the command, its recipes and --config.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,26 @@ def test_errors_of_the_user_become_one_line(error: Exception, monkeypatch: pytes
     monkeypatch.setenv("GRPO_TRACEBACK", "1")
     with pytest.raises(type(error)):
         grpo("eval")
+
+
+def test_a_run_that_ended_for_its_gradients_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: EvalConfig) -> None:
+        raise FloatingPointError("step 7: 4 optimizer steps in a row were skipped")
+
+    run_instead(monkeypatch, run)
+    done = grpo("eval")
+    assert (done.status, done.err) == (1, "grpo: error: step 7: 4 optimizer steps in a row were skipped\n")
+
+
+def test_a_tracker_that_is_not_installed_is_named_at_once(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)  # an import of it fails from now on
+    flags = ("--data", GSM8K, "--trainer.max-tokens", 16, *LOCAL, "--out", tmp_path / "run")
+    message = grpo("zero", "--model", base, *flags, "--trainer.trackers", "trackio").one_line_error()
+    assert message == "trainer.trackers: trackio is not installed; run `pip install trackio`, or leave it out"
+    assert not (tmp_path / "run").exists()
+    assert "comet" in grpo("zero", "--model", base, *flags, "--trainer.trackers", "comet").one_line_error()
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ Pinned: (1) a run killed by SIGKILL in the middle and resumed ends as an uninter
 equal bit for bit except times and speeds, the same completions logged, once each, the same bytes in the final model;
 (2) lines cut short by the crash do no harm; (3) resuming a finished run changes nothing; (4) a run killed before its
 first checkpoint starts over; (5) a changed field is refused by its name, and a folder without a run is refused; (6) a
-run may be resumed from its own config file, and from another place.
+run may be resumed from its own config file, and from another place; (7) a damaged checkpoint is passed over and named.
 """
 
 import json
@@ -88,8 +88,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed" in resumed.stdout
     assert_same_run(out, uninterrupted)
-    checkpoints = [path.name for path in (out / "checkpoints").iterdir()]
-    assert checkpoints == [f"step_{STEPS:06d}"], "the newest whole one, and nothing half-written"
+    checkpoints = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert checkpoints == [f"step_{STEPS - SAVE_EVERY:06d}", f"step_{STEPS:06d}"], "and nothing half-written"
 
 
 @pytest.fixture
@@ -106,7 +106,8 @@ def stopped(base: Path, uninterrupted: Path, tmp_path: Path) -> Path:
 
 
 def test_without_a_checkpoint_the_run_starts_over(base: Path, uninterrupted: Path, stopped: Path) -> None:
-    assert grpo(*zero(base, stopped, "--resume")).status == 0
+    done = grpo(*zero(base, stopped, "--resume"))
+    assert done.status == 0 and "there is no checkpoint yet: the run begins again from step 0" in done.out
     assert_same_run(stopped, uninterrupted)
 
 
@@ -144,6 +145,23 @@ def test_a_run_that_was_moved_is_still_the_same_run(base: Path, uninterrupted: P
     shutil.copytree(uninterrupted, tmp_path / "moved")
     done = grpo(*zero(base, tmp_path / "moved", "--resume"))
     assert done.status == 0, done.err
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud_and_all_damaged_is_refused(
+    base: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    older, newest = sorted((out / "checkpoints").iterdir())
+    (newest / "learner.pt").write_bytes(b"")
+    done = grpo(*zero(base, out, "--resume"))
+    assert done.status == 0 and "damaged checkpoints: step_000008: learner.pt has 0 bytes" in done.out
+    assert f"Going back to {older.name}" in done.out
+    assert_same_run(out, uninterrupted)
+    for folder in (out / "checkpoints").iterdir():
+        (folder / "manifest.json").unlink()
+    message = grpo(*zero(base, out, "--resume")).one_line_error()
+    assert message.startswith(f"all checkpoints in {out / 'checkpoints'} are damaged (step_000008: manifest.json is")
+    assert_same_run(out, uninterrupted)
 
 
 def test_nothing_to_resume(base: Path, tmp_path: Path) -> None:
