@@ -11,6 +11,7 @@ import pytest
 
 from grpo.corrections import CorrectionConfig
 from grpo.metrics import read_metrics
+from grpo.objective import ObjectiveConfig
 from grpo.rollouts import RolloutConfig
 from rewards import Sample, Score, reward
 from rollout.environment_pool import EnvironmentPool
@@ -45,7 +46,8 @@ def logged(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """By a run with all that brings metrics of its own, and by pools that no such run has."""
     run_dir = tmp_path_factory.mktemp("run")
     correction = CorrectionConfig(kind="token_tis", old_logprobs="learner")
-    learner = make_learner(policy, lr=1e-2, kl_coef=0.1, correction=correction)
+    objective = ObjectiveConfig(kl_coef=0.1, entropy_top_share=0.9)
+    learner = make_learner(policy, lr=1e-2, objective=objective, correction=correction)
     rollout = RolloutConfig(overlap=True, max_policy_lag=1)
     make_trainer(policy, run_dir, learner=learner, reward=even_share_and_length, minibatches=2, rollout=rollout).run()
     names = {name for row in read_metrics(run_dir) for name in row} - {"step"}

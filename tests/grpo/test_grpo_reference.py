@@ -57,7 +57,9 @@ def test_a_replaced_reference_is_in_the_state() -> None:
     again.load_state_dict(state)
     assert again.update(samples) == report
     assert same_bits(snapshot(again.model), snapshot(model))
-    assert make_learner(model, kl_coef=0.1).state_dict()["reference"], "whose folder may change while a run stands still"
+    assert make_learner(model, kl_coef=0.1).state_dict()["reference"], (
+        "whose folder may change while a run stands still"
+    )
 
 
 def by_hand(model: CausalLM, sample: TrainingSample, estimator: KLEstimator) -> float:

@@ -17,7 +17,7 @@ from pipelines.tasks import ledger
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT / "tests" / "fixtures" / "gsm8k_test_8.jsonl"
-LOCAL = ("--engine.kind", "native", "--engine.transport", "local", "--engine.num-engines", 1)
+LOCAL = ("--engine.kind", "native", "--engine.transport", "local", "--engine.num-engines", "1")
 """Flags that keep engines in this process, without vLLM or Ray."""
 NUM_DOCUMENTS, PRETRAIN_STEPS = 1500, 25
 

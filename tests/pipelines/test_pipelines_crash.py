@@ -33,7 +33,8 @@ FLAGS = (
     "--trainer.prompts-per-step", 4, "--trainer.completions-per-prompt", 4, "--trainer.max-tokens", 16,
     "--trainer.minibatches", 2, "--trainer.log-groups-every", 1, "--trainer.dump-samples-every", 1,
     "--trainer.rollout.max-oversampling", 2, "--learner.lr-decay", "cosine", "--learner.warmup-steps", 3,
-    "--learner.objective.kl-coef", 0.05, "--learner.skip-norm", 50, "--engine.max-model-len", 64, "--trainer.keep-checkpoints", 2,
+    "--learner.objective.kl-coef", 0.05,
+    "--learner.skip-norm", 50, "--engine.max-model-len", 64, "--trainer.keep-checkpoints", 2,
 )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ FLAGS = (
     *LOCAL, "--num-prompts", 60, "--num-threads", 1, "--trainer.steps", STEPS, "--trainer.save-every", 2,
     "--trainer.prompts-per-step", 8, "--trainer.completions-per-prompt", 4, "--trainer.max-tokens", 24,
     "--trainer.minibatches", 2, "--trainer.dump-samples-every", 1, "--trainer.keep-checkpoints", 2,
-    "--trainer.rollout.partial-share", 1, "--trainer.rollout.max-policy-lag", 2, "--learner.objective.kl-coef", 0.05,
+    "--trainer.rollout.partial-share", 1, "--trainer.rollout.max-policy-lag", 2,
+    "--learner.objective.kl-coef", 0.05,
     "--learner.lr-decay", "cosine", "--learner.correction.kind", "token_tis", "--learner.correction.old-logprobs",
     "learner", "--engine.max-model-len", 64,
 )  # fmt: skip
