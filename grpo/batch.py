@@ -1,7 +1,7 @@
 """Training samples and how they are packed into micro-batches of tensors.
 
 Each token's loss weight is divided by the denominator of the whole global batch before packing, so the gradient does
-not depend on how samples fall into micro-batches.
+not depend on how samples fall into micro-batches or ranks.
 
 Shapes: T packed tokens, N trained tokens (those with a loss), L layers with experts, K experts per token; for a list,
 L is the tokens of one sample.
@@ -9,6 +9,7 @@ L is the tokens of one sample.
     micro_batches = pack(samples, token_budget=8192, aggregation="token")
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -101,23 +102,70 @@ def pack(samples: Sequence[TrainingSample], token_budget: int, aggregation: Aggr
     Samples are laid out longest first, so that a micro-batch holds samples of similar length. Raises ValueError if one
     sample alone exceeds the budget, or if nothing is to be trained.
     """
+    return pack_for_ranks(samples, token_budget, aggregation, num_ranks=1, quadratic_at=1)[0]
+
+
+def pack_for_ranks(
+    samples: Sequence[TrainingSample],
+    token_budget: int,
+    aggregation: Aggregation,
+    *,
+    num_ranks: int,
+    quadratic_at: int,
+) -> list[list[MicroBatch]]:
+    """The same for several ranks, which work in step: equally many micro-batches for each, their n-th of similar cost.
+
+    A sample of L tokens costs L (1 + L / quadratic_at): at that length attention costs as much as all the rest. Loss
+    weights come from the whole batch. Where samples are too few, a rank gets micro-batches without trained tokens.
+    """
     places = [place for place, sample in enumerate(samples) if sample.num_trained]
     if not places:
         raise ValueError("no sample has a token to train")
-    longest = max(len(samples[place].token_ids) for place in places)
-    if longest > token_budget:
-        raise ValueError(f"a sample of {longest} tokens exceeds token_budget={token_budget}; raise the budget")
+    lengths = {place: len(samples[place].token_ids) for place in places}
+    if max(lengths.values()) > token_budget:
+        raise ValueError(
+            f"a sample of {max(lengths.values())} tokens exceeds token_budget={token_budget}; raise the budget"
+        )
     weights = dict(zip(places, _token_weights([samples[place] for place in places], aggregation), strict=True))
-    groups: list[list[int]] = [[]]
-    used = 0
-    for place in sorted(places, key=lambda place: -len(samples[place].token_ids)):
-        length = len(samples[place].token_ids)
-        if used + length > token_budget:
-            groups.append([])
-            used = 0
-        groups[-1].append(place)
-        used += length
-    return [_build([samples[i] for i in group], [weights[i] for i in group], group) for group in groups]
+    groups = _divide(lengths, token_budget, num_ranks, quadratic_at)
+    batches = [_build([samples[i] for i in group], [weights[i] for i in group], group) for group in groups]
+    idle = TrainingSample(token_ids=[0], loss_mask=[False], sampling_logprobs=[0.0])
+    batches += [_build([idle], [0.0], [0]) for _ in range(-len(batches) % num_ranks)]
+    return [batches[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def _divide(lengths: dict[int, int], token_budget: int, num_ranks: int, quadratic_at: int) -> list[list[int]]:
+    """Places in groups of at most `token_budget` tokens, longest first; the groups of neighbors are of similar length.
+
+    Groups are closed early where ranks would have nothing to do otherwise: the largest cost of a group is the smallest
+    that needs no further round of all ranks.
+    """
+    costs = {place: length * (1 + length / quadratic_at) for place, length in lengths.items()}
+    order = sorted(lengths, key=lambda place: -lengths[place])
+
+    def filled(most: float) -> list[list[int]]:
+        groups: list[list[int]] = [[]]
+        tokens, cost = 0, 0.0
+        for place in order:
+            tokens, cost = tokens + lengths[place], cost + costs[place]
+            if groups[-1] and (tokens > token_budget or cost > most):
+                groups.append([])
+                tokens, cost = lengths[place], costs[place]
+            groups[-1].append(place)
+        return groups
+
+    groups = filled(math.inf)
+    if num_ranks == 1:
+        return groups
+    allowed = -(-len(groups) // num_ranks) * num_ranks
+    low, high = 0.0, sum(costs.values())
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        if len(filled(middle)) <= allowed:
+            high = middle
+        else:
+            low = middle
+    return filled(high)
 
 
 def _token_weights(samples: Sequence[TrainingSample], aggregation: Aggregation) -> list[float]:

@@ -5,14 +5,14 @@ report = learner.update(samples)
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo.batch import Aggregation, MicroBatch, TrainingSample, pack
+from grpo.batch import Aggregation, MicroBatch, TrainingSample, pack_for_ranks
 from grpo.corrections import CorrectionConfig
 from grpo.logprobs import token_logprobs
 from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
@@ -21,6 +21,7 @@ from grpo.schedule import Decay, learning_rate
 from models import CausalLM, ModelOutput, SequenceLayout
 from models.balance import count_experts, load_metrics
 from models.moe import Routing
+from models.parallel import ALONE, Alone, by_mesh, clip_gradients, release
 from rollout.weight_source import WeightSource
 
 
@@ -75,17 +76,25 @@ class LearnerConfig:
 
 
 class Learner:
-    """One copy of the policy in training, in this process."""
+    """One copy of the policy in training, in this process or, with a mesh, sharded over the ranks of a job.
 
-    def __init__(self, model: CausalLM, config: LearnerConfig, total_steps: int) -> None:
-        """`total_steps` counts optimizer steps and only shapes the learning rate's decay."""
-        self.model = model
+    Each rank of a job has a learner. Their methods are collective: every rank calls the same one, rank 0's arguments
+    count, and rank 0 gets the result.
+    """
+
+    def __init__(self, model: CausalLM, config: LearnerConfig, total_steps: int, mesh: Alone = ALONE) -> None:
+        """`total_steps` counts optimizer steps and only shapes the learning rate's decay. With a mesh the whole model
+        may be on the CPU; its parts go to the mesh's device."""
         self.config = config
         self.total_steps = total_steps
         self.step = 0
-        self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
+        self.mesh = mesh
+        self.reference = mesh.shard(copy.deepcopy(model).requires_grad_(False)) if config.kl_coef else None
+        self.model = mesh.shard(model)
+        self.expert_counts: dict[int, Tensor] = {}
+        """Layer -> [E] tokens of the last update for each expert, of all ranks and on all of them."""
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            by_mesh(self.model.parameters()),
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
@@ -102,9 +111,9 @@ class Learner:
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)  # an update that raised must not leave its gradient to this one
         meters = _Meters()
-        for micro_batch in pack(samples, config.token_budget, config.aggregation):
+        for micro_batch in self._share(samples):
             self._backward(micro_batch.to(self.device), meters)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        norm = clip_gradients(self.model.parameters(), config.grad_clip, self.mesh)
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient norm is {norm.item()} at optimizer step {self.step}; lower the learning rate, "
@@ -122,17 +131,38 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        meters = _Meters.merged(self.mesh.gather(meters))
+        self.expert_counts = self.mesh.broadcast(meters.expert_counts)
         return meters.report() | {"policy/grad_norm": norm.item(), "policy/lr": lr}
+
+    def _share(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
+        """This rank's micro-batches of rank 0's samples, as many as any other rank's."""
+        parts = None
+        if self.mesh.rank == 0:
+            parts = pack_for_ranks(
+                samples,
+                self.config.token_budget,
+                self.config.aggregation,
+                num_ranks=self.mesh.size,
+                # A layer has about 12 D^2 weights, 24 D^2 FLOPs a token; causal attention takes 2 L D.
+                quadratic_at=12 * self.model.lm_head.in_features,
+            )
+        return self.mesh.scatter(parts)
 
     def _backward(self, batch: MicroBatch, meters: "_Meters") -> None:
         config = self.config
         output = self._forward(batch)
         logprobs_N, entropies_N = self._logprobs(self.model, output.hidden_TD, batch)
-        terms_N = loss_N = self._policy_loss(logprobs_N, batch, meters)
+        reference_N = logprobs_N
         if self.reference is not None:
             with torch.no_grad():
                 hidden_TD = self.reference(batch.ids_T, batch.layout).hidden_TD
                 reference_N, _ = self._logprobs(self.reference, hidden_TD, batch)
+        if not len(batch.targets_N):
+            logprobs_N.sum().backward()  # 0 of no token: only to join the other ranks' collectives
+            return
+        terms_N = loss_N = self._policy_loss(logprobs_N, batch, meters)
+        if self.reference is not None:
             kl_N = kl_penalty(logprobs_N, reference_N, config.kl_estimator)
             terms_N = loss_N + config.kl_coef * kl_N
             meters.add("policy/kl_to_initial", kl_N, batch.weights_N)
@@ -171,14 +201,17 @@ class Learner:
         """
         if self.config.correction.kind == "none" and self.config.correction.old_logprobs == "sampler":
             return samples
-        old = [torch.zeros(len(sample.token_ids)) for sample in samples]
-        for batch in pack(samples, self.config.token_budget, self.config.aggregation):
+        mine: list[tuple[Tensor, Tensor]] = []
+        for batch in self._share(samples):
             on_device = batch.to(self.device)
             logprobs_N, _ = self._logprobs(self.model, self._forward(on_device).hidden_TD, on_device)
-            logprobs_N = logprobs_N.cpu()
-            for place in batch.samples_N.unique().tolist():
+            mine.append((batch.samples_N, logprobs_N.cpu()))
+        release(self.model)
+        old = [torch.zeros(len(sample.token_ids)) for sample in samples]
+        for samples_N, logprobs_N in (pair for of_rank in self.mesh.gather(mine) for pair in of_rank):
+            for place in samples_N.unique().tolist():
                 trained_L = torch.tensor(samples[place].loss_mask)
-                old[place][trained_L] = logprobs_N[batch.samples_N == place]
+                old[place][trained_L] = logprobs_N[samples_N == place]
         return [replace(s, old_logprobs=old_L.tolist()) for s, old_L in zip(samples, old, strict=True)]
 
     def _logprobs(self, model: CausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -188,11 +221,13 @@ class Learner:
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of each token given those before it; one fewer than tokens per sequence."""
+        sequences = self.mesh.broadcast(sequences)
         layout = SequenceLayout.from_lengths([len(sequence) for sequence in sequences], self.device)
         ids_T = torch.tensor([token for sequence in sequences for token in sequence], device=self.device)
         hidden_TD = self.model(ids_T, layout).hidden_TD
         ones_T = torch.ones(len(ids_T) - 1, device=self.device)
         logprobs_T, _ = token_logprobs(hidden_TD[:-1], self.model.lm_head.weight, ids_T[1:], ones_T)
+        release(self.model)
         logprobs = logprobs_T.tolist()
         return [logprobs[s : e - 1] for s, e in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
 
@@ -217,17 +252,31 @@ class _Meters:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._expert_counts: dict[int, Tensor] = {}
+        self.expert_counts: dict[int, Tensor] = {}
+        """Layer -> [E] tokens that used each expert."""
         self.mismatch = MismatchMeter()
 
     def add(self, name: str, values_N: Tensor, weights_N: Tensor) -> None:
-        added = (values_N.detach() * weights_N).sum().double()
-        self._sums[name] = self._sums.get(name, torch.zeros_like(added)) + added
+        _add(self._sums, {name: (values_N.detach() * weights_N).sum().double()})
 
     def add_experts(self, routing: dict[int, Routing]) -> None:
-        for layer, routed in routing.items():
-            self._expert_counts[layer] = self._expert_counts.get(layer, 0) + count_experts(routed)
+        _add(self.expert_counts, {layer: count_experts(routed) for layer, routed in routing.items()})
+
+    @staticmethod
+    def merged(meters: Sequence["_Meters"]) -> "_Meters":
+        """What several ranks have seen together."""
+        total = _Meters()
+        for one in meters:
+            _add(total._sums, one._sums)
+            _add(total.expert_counts, one.expert_counts)
+            total.mismatch.merge(one.mismatch)
+        return total
 
     def report(self) -> dict[str, float]:
         sums = {name: total.item() for name, total in self._sums.items()}
-        return sums | self.mismatch.report() | load_metrics(self._expert_counts)
+        return sums | self.mismatch.report() | load_metrics(self.expert_counts)
+
+
+def _add(totals: dict[Any, Tensor], more: Mapping[Any, Tensor]) -> None:
+    for name, value in more.items():
+        totals[name] = totals[name] + value if name in totals else value
