@@ -7,13 +7,17 @@ report = learner.update(samples)
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
+from grpo import learner_state
 from grpo.batch import Aggregation, MicroBatch, TrainingSample, pack_for_ranks
 from grpo.corrections import CorrectionConfig
+from grpo.learner_state import module_of
 from grpo.logprobs import token_logprobs
 from grpo.losses import KLEstimator, clipped_policy_loss, kl_penalty
 from grpo.mismatch import MismatchMeter
@@ -23,6 +27,8 @@ from models.balance import count_experts, load_metrics
 from models.moe import Routing
 from models.parallel import ALONE, Alone, by_mesh, clip_gradients, release
 from rollout.weight_source import WeightSource
+
+_BY_PARAMETER = StateDictOptions(flatten_optimizer_state_dict=True)  # groups differ between meshes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,16 +238,31 @@ class Learner:
         return [logprobs[s : e - 1] for s, e in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
 
     def named_weights(self) -> WeightSource:
-        """Every weight under its Hugging Face name, as views that the next update changes."""
-        return WeightSource(self.model)
+        """Every weight under its Hugging Face name, as views that the next update changes, or gathered one by one."""
+        return WeightSource(self.model, self.mesh.compute_dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact continuation needs beside the model's weights."""
-        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+        """What an exact continuation needs beside the model's weights; sharded as they are."""
+        optimizer = get_optimizer_state_dict(module_of(self.model), self.optimizer, options=_BY_PARAMETER)
+        return {"step": self.step, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_optimizer_state_dict(module_of(self.model), self.optimizer, state["optimizer"], options=_BY_PARAMETER)
+
+    def save(self, folder: Path) -> None:
+        """Writes all that an exact continuation needs into an existing folder, for any number of ranks."""
+        learner_state.save(self.model, self.state_dict(), folder, self.mesh)
+
+    def load(self, folder: Path) -> None:
+        """The opposite of `save`."""
+        state = self.state_dict()
+        learner_state.load(self.model, state, folder, self.mesh)
+        self.load_state_dict(state)
+
+    def write_policy(self, folder: Path) -> None:
+        """Writes the policy as a Hugging Face checkpoint into an existing folder."""
+        learner_state.write_policy(self.model, folder, self.mesh)
 
 
 class _Meters:

@@ -71,7 +71,8 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(_all_to_all(*ctx.back, grad) for grad in grads)
+        group, sent, arriving = ctx.back
+        return None, None, None, *(_all_to_all(group, sent, arriving, grad) for grad in grads)
 
 
 def _all_to_all(group: dist.ProcessGroup, sent: Sequence[int], arriving: Sequence[int], tensor: Tensor) -> Tensor:

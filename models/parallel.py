@@ -4,19 +4,20 @@ Every rank computes on its own share of a batch. FSDP2 shards parameters, gradie
 ranks' gradients up, never averages them: loss weights already are shares of the global batch. The experts of a layer
 may be divided among ranks instead, which exchange tokens (expert_parallel.py).
 
-    mesh = Mesh(MeshConfig(ranks=8, expert_ranks=4), torch.device("cuda"))     # every rank, in a process group
+    mesh = join(MeshConfig(ranks=8, expert_ranks=4), torch.device("cuda"))     # in every process of the job
     model = mesh.shard(model)
 
 `ALONE` stands for the one rank of a job without process group, and does nothing.
 """
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -26,6 +27,9 @@ from torch.utils._pytree import register_dataclass
 from models.expert_parallel import ExpertExchange
 from models.moe import RoutedExperts
 from models.transformer import ModelOutput
+
+c10d: Any = torch.distributed  # the stubs leave out what is used of these two
+foreach_mul_: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
 Model = TypeVar("Model")
@@ -62,6 +66,8 @@ class Alone:
     """The one rank of a job without process group."""
 
     rank, size = 0, 1
+    compute_dtype: torch.dtype | None = None
+    """To which weights are rounded when they are gathered; None for their own."""
 
     def shard(self, model: Model) -> Model:
         """The model with its parameters divided among the ranks, in place."""
@@ -84,9 +90,6 @@ class Alone:
         """The sum over ranks, on every rank."""
         return tensor
 
-    def barrier(self) -> None:
-        """Waits until every rank is here."""
-
 
 ALONE = Alone()
 
@@ -94,18 +97,22 @@ ALONE = Alone()
 class Mesh(Alone):
     """The ranks of the default process group, arranged as replicas x shards x expert ranks, the last innermost."""
 
-    def __init__(self, config: MeshConfig, device: torch.device) -> None:
-        self.config, self.rank, self.size = config, dist.get_rank(), dist.get_world_size()
-        if self.size != config.ranks:
-            raise ValueError(f"ranks={config.ranks}, but {self.size} processes were started; give both the same number")
+    def __init__(self, config: MeshConfig, device: torch.device, store: Any) -> None:
+        """`store` reaches all ranks and waits for none."""
+        self.config, self.store = config, store
+        self.rank, self.size = c10d.get_rank(), c10d.get_world_size()
         inner = config.shards * config.expert_ranks
         self._dense = _data_axes(init_device_mesh(device.type, (config.replicas, inner), mesh_dim_names=_DATA_AXES))
         sizes = (config.replicas, config.shards, config.expert_ranks)
         experts = init_device_mesh(device.type, sizes, mesh_dim_names=(*_DATA_AXES, "expert"))
         self._expert_data, self._expert = _data_axes(experts), experts["expert"]
-        dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
+        self.compute_dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
         # Inputs stay as they are: the experts' mixing weights are float32 for a reason.
-        self._policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self._policy = MixedPrecisionPolicy(
+            param_dtype=self.compute_dtype,
+            reduce_dtype=None if self.compute_dtype is None else torch.float32,
+            cast_forward_inputs=False,
+        )
 
     def shard(self, model: Model) -> Model:
         """Layer by layer, so that a layer at a time is gathered; embedding, norm and head stay gathered from the
@@ -144,29 +151,53 @@ class Mesh(Alone):
 
     def scatter(self, parts: Sequence[T] | None) -> T:
         received: list[Any] = [None]
-        dist.scatter_object_list(received, None if parts is None else [_packed(part) for part in parts])
+        c10d.scatter_object_list(received, None if parts is None else [_packed(part) for part in parts])
         return _unpacked(received[0])
 
     def gather(self, part: T) -> list[T]:
         gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(_packed(part), gathered)
+        c10d.gather_object(_packed(part), gathered)
         return [_unpacked(one) for one in gathered or ()]
 
     def broadcast(self, value: T) -> T:
         values = [value]
-        dist.broadcast_object_list(values)
+        c10d.broadcast_object_list(values)
         return values[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()
-        dist.all_reduce(total)
+        c10d.all_reduce(total)
         return total
-
-    def barrier(self) -> None:
-        dist.barrier()
 
 
 _DATA_AXES = ("replica", "shard")
+TIMEOUT = timedelta(minutes=30)
+"""Longest wait of a rank for the others, within one exchange."""
+
+
+def join(config: MeshConfig, device: torch.device) -> Alone:
+    """Joins the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, as torchrun and `accelerate launch`
+    set them; `ALONE` for a single rank that computes in its weights' dtype.
+
+    Raises ValueError if not `config.ranks` processes were started.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != config.ranks:
+        raise ValueError(f"ranks={config.ranks}, but {started} processes were started; give both the same number")
+    if config.ranks == 1:
+        if config.compute_dtype is None:
+            return ALONE
+        store = c10d.HashStore()
+    else:
+        store, _, _ = next(c10d.rendezvous("env://"))
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    c10d.init_process_group(
+        backend, store=c10d.PrefixStore("group", store), rank=int(os.environ.get("RANK", "0")),
+        world_size=started, timeout=TIMEOUT,
+    )  # fmt: skip
+    return Mesh(config, device, store)
 
 
 def _data_axes(mesh: DeviceMesh) -> DeviceMesh:
@@ -190,9 +221,12 @@ def _unpacked(packed: bytes) -> Any:
     return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)  # from another rank of this job
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered on every rank; collective. Others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A sharded tensor, rounded to `dtype`, gathered on every rank; collective. Others as they are."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    rounded: Any = tensor.detach().to(dtype or tensor.dtype)
+    return rounded.full_tensor()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -221,19 +255,19 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Alo
     Equal to `torch.nn.utils.clip_grad_norm_` of the whole model, which cannot add gradients on different meshes.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if mesh.size == 1:
+    if mesh is ALONE:
         norm = torch.nn.utils.get_total_norm(grads)
     else:
         squares = [local(grad).float().square().sum(dtype=torch.float64) / _copies(grad) for grad in grads]
         norm = mesh.sum(torch.stack(squares).sum()).sqrt().float()
     scale = (largest / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([local(grad) for grad in grads], scale)
+    foreach_mul_([local(grad) for grad in grads], scale)
     return norm
 
 
 def _copies(tensor: Tensor) -> int:
     """How many ranks hold each element."""
     if not isinstance(tensor, DTensor):
-        return dist.get_world_size()
+        return c10d.get_world_size()
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
     return torch.Size([size for placement, size in sizes if isinstance(placement, Replicate)]).numel()

@@ -41,9 +41,7 @@ def run_ranks(function: Callable[..., Any], size: int, folder: Path, *args: Any,
     return [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(size)]
 
 
-def _rank(
-    function: Callable[..., Any], rank: int, size: int, port: int, folder: Path, args: tuple[Any, ...]
-) -> None:
+def _rank(function: Callable[..., Any], rank: int, size: int, port: int, folder: Path, args: tuple[Any, ...]) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)
     }  # fmt: skip
