@@ -25,7 +25,7 @@ from grpo.schedule import Decay, learning_rate
 from models import CausalLM, ModelOutput, SequenceLayout
 from models.balance import count_experts, load_metrics
 from models.moe import Routing
-from models.parallel import ALONE, Alone, by_mesh, clip_gradients, release
+from models.parallel import ALONE, Alone, by_mesh, clip_gradients, gradient_norm, release
 from rollout.weight_source import WeightSource
 
 _BY_PARAMETER = StateDictOptions(flatten_optimizer_state_dict=True)  # groups differ between meshes
@@ -91,10 +91,8 @@ class Learner:
     def __init__(self, model: CausalLM, config: LearnerConfig, total_steps: int, mesh: Alone = ALONE) -> None:
         """`total_steps` counts optimizer steps and only shapes the learning rate's decay. With a mesh the whole model
         may be on the CPU; its parts go to the mesh's device."""
-        self.config = config
-        self.total_steps = total_steps
+        self.config, self.total_steps, self.mesh = config, total_steps, mesh
         self.step = 0
-        self.mesh = mesh
         self.reference = mesh.shard(copy.deepcopy(model).requires_grad_(False)) if config.kl_coef else None
         self.model = mesh.shard(model)
         self.expert_counts: dict[int, Tensor] = {}
@@ -119,12 +117,13 @@ class Learner:
         meters = _Meters()
         for micro_batch in self._share(samples):
             self._backward(micro_batch.to(self.device), meters)
-        norm = clip_gradients(self.model.parameters(), config.grad_clip, self.mesh)
+        norm = gradient_norm(self.model.parameters(), self.mesh)
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient norm is {norm.item()} at optimizer step {self.step}; lower the learning rate, "
                 "or look for rewards or log-probabilities that are not finite"
             )
+        clip_gradients(self.model.parameters(), config.grad_clip, norm)
         lr = learning_rate(
             self.step,
             peak=config.lr,
@@ -143,16 +142,13 @@ class Learner:
 
     def _share(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
         """This rank's micro-batches of rank 0's samples, as many as any other rank's."""
-        parts = None
-        if self.mesh.rank == 0:
-            parts = pack_for_ranks(
-                samples,
-                self.config.token_budget,
-                self.config.aggregation,
-                num_ranks=self.mesh.size,
-                # A layer has about 12 D^2 weights, 24 D^2 FLOPs a token; causal attention takes 2 L D.
-                quadratic_at=12 * self.model.lm_head.in_features,
-            )
+        if self.mesh.rank:
+            return self.mesh.scatter(None)
+        # A layer has about 12 D^2 weights, 24 D^2 FLOPs a token; causal attention takes 2 L D.
+        parts = pack_for_ranks(
+            samples, self.config.token_budget, self.config.aggregation, num_ranks=self.mesh.size,
+            quadratic_at=12 * self.model.lm_head.in_features,
+        )  # fmt: skip
         return self.mesh.scatter(parts)
 
     def _backward(self, batch: MicroBatch, meters: "_Meters") -> None:

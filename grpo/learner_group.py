@@ -12,17 +12,18 @@ An error on any rank ends the job: the others notice a closed connection, and ra
 import itertools
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grpo.batch import TrainingSample
 from grpo.learner import Learner
 from models import CausalLM
-from models.parallel import Mesh
+from models.parallel import TIMEOUT, Mesh
 
 IDLE_TIMEOUT = timedelta(days=7)
 """Longest wait of a rank for rank 0's next call; it notices at once when rank 0 is gone."""
@@ -32,9 +33,8 @@ _STOP, _WEIGHTS = "stop", "named_weights"
 class LearnerGroup:
     """All ranks' learners as one, on rank 0."""
 
-    def __init__(self, learner: Learner, end: Callable[[], None] = lambda: None) -> None:
-        """`end` is called at the end, for whoever started the other ranks."""
-        self.learner, self._end = learner, end
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
         self._store = _store(learner)
         self._count = 0
 
@@ -42,6 +42,14 @@ class LearnerGroup:
     def model(self) -> CausalLM:
         """Rank 0's shards, for its configuration; a single rank cannot run it."""
         return self.learner.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.learner.device
+
+    @property
+    def step(self) -> int:
+        return self.learner.step
 
     def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
         return self._all("update", samples)
@@ -75,9 +83,9 @@ class LearnerGroup:
             deque(weights, maxlen=0)
 
     def close(self) -> None:
-        """Lets the other ranks go."""
+        """Lets the other ranks go, and waits until they have heard of it."""
         self._tell(_STOP)
-        self._end()
+        self._store.wait([_farewell(rank) for rank in range(1, self.learner.mesh.size)], TIMEOUT)
 
     def _all(self, method: str, argument: Any) -> Any:
         """A method of every rank's learner; rank 0's result. Raises RuntimeError if another rank failed."""
@@ -113,6 +121,7 @@ def serve(learner: Learner) -> None:
         store.wait([_call(count)], IDLE_TIMEOUT)
         method = store.get(_call(count)).decode()
         if method == _STOP:
+            store.set(_farewell(learner.mesh.rank), "")
             return
         try:
             if method == _WEIGHTS:
@@ -131,6 +140,10 @@ def _store(learner: Learner) -> Any:
 
 def _call(count: int) -> str:
     return f"call/{count}"
+
+
+def _farewell(rank: int) -> str:
+    return f"farewell/{rank}"
 
 
 def _failure(rank: int) -> str:

@@ -17,6 +17,7 @@ from grpo.advantages import AdvantageScale
 from grpo.batch import TrainingSample
 from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.learner import Learner
+from grpo.learner_group import LearnerGroup
 from grpo.metrics import MetricsLogger, append_rows, drop_steps
 from grpo.mismatch import MismatchAlarm
 from grpo.rollouts import RolloutConfig, Rollouts, RolloutState
@@ -107,7 +108,7 @@ class GRPOTrainer:
     def __init__(
         self,
         config: TrainerConfig,
-        learner: Learner,
+        learner: Learner | LearnerGroup,
         pool: EnginePool,
         prompts: PromptSource,
         rubric: Rubric,

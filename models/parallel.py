@@ -179,25 +179,32 @@ def join(config: MeshConfig, device: torch.device) -> Alone:
     """Joins the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, as torchrun and `accelerate launch`
     set them; `ALONE` for a single rank that computes in its weights' dtype.
 
-    Raises ValueError if not `config.ranks` processes were started.
+    The variables are taken away, so that processes started from here are of no job. Raises ValueError if not
+    `config.ranks` processes were started.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != config.ranks:
         raise ValueError(f"ranks={config.ranks}, but {started} processes were started; give both the same number")
-    if config.ranks == 1:
-        if config.compute_dtype is None:
-            return ALONE
-        store = c10d.HashStore()
+    if started > 1:
+        store, rank, _ = next(c10d.rendezvous("env://"))
+    elif config.compute_dtype is None:
+        return ALONE
     else:
-        store, _, _ = next(c10d.rendezvous("env://"))
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        store, rank = c10d.HashStore(), 0
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    c10d.init_process_group(
-        backend, store=c10d.PrefixStore("group", store), rank=int(os.environ.get("RANK", "0")),
-        world_size=started, timeout=TIMEOUT,
-    )  # fmt: skip
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    group = c10d.PrefixStore("group", store)
+    c10d.init_process_group(backend, store=group, rank=rank, world_size=started, timeout=TIMEOUT)
     return Mesh(config, device, store)
+
+
+def leave() -> None:
+    """Ends what `join` began; nothing for `ALONE`."""
+    if c10d.is_initialized():
+        c10d.destroy_process_group()
 
 
 def _data_axes(mesh: DeviceMesh) -> DeviceMesh:
@@ -249,20 +256,22 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": group} for group in groups.values()]
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Alone = ALONE) -> Tensor:
-    """Scales all gradients down to the global norm `largest`; the norm before, over every element of every rank once.
+def gradient_norm(parameters: Iterable[nn.Parameter], mesh: Alone = ALONE) -> Tensor:
+    """The norm of the whole model's gradient, every element counted once, on every rank.
 
-    Equal to `torch.nn.utils.clip_grad_norm_` of the whole model, which cannot add gradients on different meshes.
+    Equal to `torch.nn.utils.get_total_norm` of the unsharded gradients, which cannot add those on different meshes.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if mesh is ALONE:
-        norm = torch.nn.utils.get_total_norm(grads)
-    else:
-        squares = [local(grad).float().square().sum(dtype=torch.float64) / _copies(grad) for grad in grads]
-        norm = mesh.sum(torch.stack(squares).sum()).sqrt().float()
+        return torch.nn.utils.get_total_norm(grads)
+    squares = [local(grad).float().square().sum(dtype=torch.float64) / _copies(grad) for grad in grads]
+    return mesh.sum(torch.stack(squares).sum()).sqrt().float()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> None:
+    """Scales all gradients, whose norm together is `norm`, down to the norm `largest`."""
     scale = (largest / (norm + 1e-6)).clamp(max=1.0)
-    foreach_mul_([local(grad) for grad in grads], scale)
-    return norm
+    foreach_mul_([local(parameter.grad) for parameter in parameters if parameter.grad is not None], scale)
 
 
 def _copies(tensor: Tensor) -> int:

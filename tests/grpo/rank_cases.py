@@ -61,7 +61,7 @@ def train(case: Case, mesh: Alone) -> Outcome:
     if isinstance(model, Path):
         model = from_pretrained(model, dtype=torch.float64)
     learner = Learner(model, case.config, total_steps=9, mesh=mesh)
-    mine = (lambda batch: batch) if mesh.rank == 0 else (lambda batch: ())  # rank 0's arguments count
+    mine: Any = (lambda batch: batch) if mesh.rank == 0 else (lambda batch: ())  # rank 0's arguments count
     if case.load is not None:
         learner.load(case.load if mesh.rank == 0 else Path())
     scores = learner.score(mine([sample.token_ids for sample in case.batches[0]]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo import checkpoint as checkpoint_module
+from grpo import learner_state
 from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from grpo.learner import Learner, LearnerConfig
 from models import load_pretrained
@@ -95,7 +95,7 @@ def test_a_crash_while_saving_leaves_the_previous_one(
         reached.append((tmp_path / "checkpoints" / f".step_{step:06d}.new" / "policy" / "config.json").exists())
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch if broken == "save" else checkpoint_module, broken, crash)
+    monkeypatch.setattr(torch if broken == "save" else learner_state, broken, crash)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path, learner, step, {"place": 7})
     assert reached == [broken == "save"]
@@ -126,5 +126,7 @@ def test_what_a_killed_process_left_is_ignored(tmp_path: Path) -> None:
 def test_another_model_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, make_learner(), 1, {"place": 7})
     other = Learner(sharp_model(replace(BASE, num_hidden_layers=2)), CONFIG, total_steps=10)
-    with pytest.raises(ValueError, match=r"step_000001: \d+ tensors do not fit the model: unexpected model\.layers\.2"):
+    with pytest.raises(
+        ValueError, match=r"step_000001/learner: \d+ tensors do not fit the model: unexpected model\.layers\.2"
+    ):
         load_checkpoint(tmp_path, other)
