@@ -9,8 +9,7 @@ L is the tokens of one sample.
     micro_batches = pack(samples, token_budget=8192, aggregation="token")
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -127,45 +126,30 @@ def pack_for_ranks(
             f"a sample of {max(lengths.values())} tokens exceeds token_budget={token_budget}; raise the budget"
         )
     weights = dict(zip(places, _token_weights([samples[place] for place in places], aggregation), strict=True))
-    groups = _divide(lengths, token_budget, num_ranks, quadratic_at)
-    batches = [_build([samples[i] for i in group], [weights[i] for i in group], group) for group in groups]
-    idle = TrainingSample(token_ids=[0], loss_mask=[False], sampling_logprobs=[0.0])
-    batches += [_build([idle], [0.0], [0]) for _ in range(-len(batches) % num_ranks)]
-    return [batches[rank::num_ranks] for rank in range(num_ranks)]
+    idle = _build([TrainingSample(token_ids=[0], loss_mask=[False], sampling_logprobs=[0.0])], [0.0], [0])
+    batches: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
+    for of_round in _rounds(lengths, token_budget, num_ranks, quadratic_at):
+        for rank, group in enumerate(of_round):
+            mine = _build([samples[i] for i in group], [weights[i] for i in group], group) if group else idle
+            batches[rank].append(mine)
+    return batches
 
 
-def _divide(lengths: dict[int, int], token_budget: int, num_ranks: int, quadratic_at: int) -> list[list[int]]:
-    """Places in groups of at most `token_budget` tokens, longest first; the groups of neighbors are of similar length.
-
-    Groups are closed early where ranks would have nothing to do otherwise: the largest cost of a group is the smallest
-    that needs no further round of all ranks.
-    """
-    costs = {place: length * (1 + length / quadratic_at) for place, length in lengths.items()}
-    order = sorted(lengths, key=lambda place: -lengths[place])
-
-    def filled(most: float) -> list[list[int]]:
-        groups: list[list[int]] = [[]]
-        tokens, cost = 0, 0.0
-        for place in order:
-            tokens, cost = tokens + lengths[place], cost + costs[place]
-            if groups[-1] and (tokens > token_budget or cost > most):
-                groups.append([])
-                tokens, cost = lengths[place], costs[place]
-            groups[-1].append(place)
-        return groups
-
-    groups = filled(math.inf)
-    if num_ranks == 1:
-        return groups
-    allowed = -(-len(groups) // num_ranks) * num_ranks
-    low, high = 0.0, sum(costs.values())
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        if len(filled(middle)) <= allowed:
-            high = middle
-        else:
-            low = middle
-    return filled(high)
+def _rounds(lengths: dict[int, int], token_budget: int, num_ranks: int, quadratic_at: int) -> Iterator[list[list[int]]]:
+    """The places of each rank's next micro-batch: the longest sample left goes to the rank with the least to do, until
+    one does not fit there."""
+    groups: list[list[int]] = [[] for _ in range(num_ranks)]
+    tokens, costs = [0] * num_ranks, [0.0] * num_ranks
+    for place in sorted(lengths, key=lambda place: -lengths[place]):
+        length, rank = lengths[place], min(range(num_ranks), key=costs.__getitem__)
+        if tokens[rank] + length > token_budget:
+            yield groups
+            groups, rank = [[] for _ in range(num_ranks)], 0
+            tokens, costs = [0] * num_ranks, [0.0] * num_ranks
+        groups[rank].append(place)
+        tokens[rank] += length
+        costs[rank] += length * (1 + length / quadratic_at)
+    yield groups
 
 
 def _token_weights(samples: Sequence[TrainingSample], aggregation: Aggregation) -> list[float]:

@@ -78,7 +78,8 @@ class LearnerGroup:
         self._tell(_WEIGHTS)
         weights = iter(self.learner.named_weights())
         try:
-            yield from weights
+            for weight in weights:  # noqa: UP028, `yield from` would end the gathering with the caller
+                yield weight
         finally:
             deque(weights, maxlen=0)
 
