@@ -51,21 +51,20 @@ def with_experts(sample: TrainingSample, seed: int) -> TrainingSample:
     return replace(sample, expert_ids=ids.astype(np.uint8).reshape(-1, 2, 4))
 
 
-def gradient_cases(*meshes: MeshConfig) -> dict[str, Case]:
-    """One update without clipping, in which a rank has nothing to do, samples are shuffled, experts are replayed."""
-    cases = {}
-    for mesh in meshes:
-        case = make_case(mesh, config=replace(CONFIG, grad_clip=1e9))
-        samples = case.batches[0]
-        shuffled = random.Random(1).sample(samples, len(samples))
-        small = replace(case.config, token_budget=30, aggregation="sequence")
-        cases |= {
-            f"packed {mesh}": replace(case, config=replace(case.config, token_budget=1000)),
-            f"one sample each {mesh}": replace(case, config=small, batches=[shuffled]),
-            f"idle rank {mesh}": replace(case, batches=[samples[:1]]),
-            f"replay {mesh}": replace(case, batches=[[with_experts(s, i) for i, s in enumerate(shuffled)]]),
-        }
-    return cases
+def gradient_cases(mesh: MeshConfig, *names: str) -> dict[str, Case]:
+    """One update without clipping: all in few micro-batches, each sample in its own and shuffled, with experts recorded
+    by the sampler, with one sample for all ranks."""
+    case = make_case(mesh, config=replace(CONFIG, grad_clip=1e9))
+    samples = case.batches[0]
+    shuffled = random.Random(1).sample(samples, len(samples))
+    small = replace(case.config, token_budget=30, aggregation="sequence")
+    cases = {
+        "packed": replace(case, config=replace(case.config, token_budget=1000)),
+        "apart": replace(case, config=small, batches=[shuffled]),
+        "replay": replace(case, batches=[[with_experts(s, i) for i, s in enumerate(shuffled)]]),
+        "idle": replace(case, batches=[samples[:1]]),
+    }
+    return {f"{name} {mesh}": cases[name] for name in names}
 
 
 def dense_case(mesh: MeshConfig, folder: Path) -> Case:
@@ -76,9 +75,10 @@ def dense_case(mesh: MeshConfig, folder: Path) -> Case:
     return make_case(mesh, model=folder, batches=[make_samples(model, seed=seed) for seed in range(2)])
 
 
-def steps_case(mesh: MeshConfig, **changes: Any) -> Case:
+def steps_case(mesh: MeshConfig, num_batches: int = 5, **changes: Any) -> Case:
     correction = CorrectionConfig(kind="token_tis", old_logprobs="learner")
-    return make_case(mesh, num_batches=5, config=replace(CONFIG, correction=correction), bias_speed=0.05, **changes)
+    config = replace(CONFIG, correction=correction)
+    return make_case(mesh, num_batches=num_batches, config=config, bias_speed=0.05, **changes)
 
 
 def alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> Outcome:
@@ -116,23 +116,27 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(states: Path) -> Ranks:
     saved, later = steps_case(EXPERTS_2), steps_case(EXPERTS_2)
-    cases = gradient_cases(TWO, EXPERTS_2) | {
-        "five steps, FSDP": steps_case(TWO),
-        "five steps, experts": steps_case(EXPERTS_2),
-        "dense": dense_case(TWO, states / "dense"),
-        "float32": make_case(EXPERTS_2, dtype=torch.float32),
-        "begin": replace(saved, batches=saved.batches[:2], save=states / "two"),
-        "continue": replace(later, batches=later.batches[2:], load=states / "two"),
-    }
+    cases = (
+        gradient_cases(TWO, "packed", "apart", "idle")
+        | gradient_cases(EXPERTS_2, "apart", "replay", "idle")
+        | {
+            "five steps, FSDP": steps_case(TWO),
+            "five steps, experts": steps_case(EXPERTS_2),
+            "dense": dense_case(TWO, states / "dense"),
+            "float32": make_case(EXPERTS_2, dtype=torch.float32),
+            "begin": replace(saved, batches=saved.batches[:2], save=states / "two"),
+            "continue": replace(later, batches=later.batches[2:], load=states / "two"),
+        }
+    )
     return Ranks(cases, 2, states / "job of two")
 
 
 @pytest.fixture(scope="module")
 def four(two: Ranks, states: Path) -> Ranks:
     later = replace(two.cases["continue"], mesh=EXPERTS_2X2)
-    cases = gradient_cases(REPLICAS_EXPERTS_2X2) | {
-        "five steps, experts x shards": steps_case(EXPERTS_2X2),
-        "five steps, replicas x shards": steps_case(REPLICAS_2X2),
+    cases = gradient_cases(REPLICAS_EXPERTS_2X2, "apart", "idle") | {
+        "two steps, experts x shards": steps_case(EXPERTS_2X2, 2),
+        "two steps, replicas x shards": steps_case(REPLICAS_2X2, 2),
         "continue": later,
     }
     return Ranks(cases, 4, states / "job of four")
