@@ -173,6 +173,7 @@ class Mesh(Alone):
 _DATA_AXES = ("replica", "shard")
 TIMEOUT = timedelta(minutes=30)
 """Longest wait of a rank for the others, within one exchange."""
+_JOIN_TIMEOUT = timedelta(minutes=10)
 
 
 def join(config: MeshConfig, device: torch.device) -> Alone:
@@ -186,7 +187,7 @@ def join(config: MeshConfig, device: torch.device) -> Alone:
     if started != config.ranks:
         raise ValueError(f"ranks={config.ranks}, but {started} processes were started; give both the same number")
     if started > 1:
-        store, rank, _ = next(c10d.rendezvous("env://"))
+        store, rank, _ = next(c10d.rendezvous("env://", timeout=_JOIN_TIMEOUT))
     elif config.compute_dtype is None:
         return ALONE
     else:

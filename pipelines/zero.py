@@ -180,8 +180,10 @@ def serve_rank(config: ZeroConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if threading.current_thread() is threading.main_thread():
             signal.signal(number, signal.SIG_IGN)  # rank 0 ends its step and saves, for which it needs the others
-    serve(build_learner(config))
-    leave()
+    try:
+        serve(build_learner(config))
+    finally:
+        leave()  # after an error, too: closed connections tell the others
 
 
 @contextlib.contextmanager
@@ -198,19 +200,14 @@ def started_learner(config: ZeroConfig) -> Iterator[Learner | LearnerGroup]:
         )
     with contextlib.ExitStack() as stack:
         if "WORLD_SIZE" not in os.environ:
-            from grpo.ray_learner import start_ranks  # Ray starts processes: only for those who ask
+            from grpo.ray_learner import started_ranks  # Ray starts processes: only for those who ask
 
             engines = config.engine.num_engines if config.engine.transport == "ray" else 0
-            stack.callback(
-                start_ranks(
-                    config.mesh.ranks,
-                    functools.partial(serve_rank, config),
-                    num_threads=config.num_threads,
-                    slots_beside=engines,
-                )
-            )
-        group = LearnerGroup(build_learner(config))
+            others = functools.partial(serve_rank, config)
+            ranks = started_ranks(config.mesh.ranks, others, num_threads=config.num_threads, slots_beside=engines)
+            stack.enter_context(ranks)
         stack.callback(leave)
+        group = LearnerGroup(build_learner(config))
         yield group
         group.close()  # not after an error: ranks may be in the middle of something, and end with rank 0
 

@@ -2,15 +2,18 @@
 stops in the middle of the weights, and a rank that fails, which must end the job with its reason and never hang it.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from grpo.batch import TrainingSample
 from grpo.learner import Learner, LearnerConfig
 from grpo.learner_group import LearnerGroup, serve
+from grpo.ray_learner import started_ranks
 from models import build_model, find_config, from_pretrained
 from models.parallel import MeshConfig, join, leave
 from tests.ranks import run_ranks
@@ -95,3 +98,20 @@ def test_a_group_answers_as_one_learner(tmp_path: Path) -> None:
 def test_a_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
     told, _ = run_ranks(failing_job, 2, tmp_path)
     assert "score failed on rank 1 of the learner" in told and "a cosmic ray" in told
+
+
+def _rank_of_ray() -> None:
+    raise ArithmeticError("a cosmic ray")
+
+
+@pytest.mark.slow
+def test_a_ray_actor_that_fails_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that they are put back
+    with (
+        pytest.raises(ArithmeticError, match="a cosmic ray"),
+        started_ranks(2, _rank_of_ray, num_threads=1),
+    ):
+        assert os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] == "2"
+        raise RuntimeError("connection closed")
+    assert not ray.is_initialized()

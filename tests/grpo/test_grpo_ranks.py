@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from grpo.batch import TrainingSample
 from grpo.corrections import CorrectionConfig
 from grpo.learner import LearnerConfig
-from models import TransformersCausalLM
+from models import DeepseekV3ForCausalLM, TransformersCausalLM
 from models.parallel import ALONE, MeshConfig
 from tests.grpo.rank_cases import Case, Outcome, plain_grouped_mm, train, train_all
 from tests.grpo.test_grpo_gradients import make_samples
@@ -53,8 +53,11 @@ def with_experts(sample: TrainingSample, seed: int) -> TrainingSample:
 
 def gradient_cases(mesh: MeshConfig, *names: str) -> dict[str, Case]:
     """One update without clipping: all in few micro-batches, each sample in its own and shuffled, with experts recorded
-    by the sampler, with one sample for all ranks."""
-    case = make_case(mesh, config=replace(CONFIG, grad_clip=1e9))
+    by the sampler, with one sample for all ranks, with half of the experts chosen by no token."""
+    case, lopsided = (make_case(mesh, config=replace(CONFIG, grad_clip=1e9)) for _ in range(2))
+    assert isinstance(lopsided.model, DeepseekV3ForCausalLM)
+    for router in lopsided.model.routers().values():
+        router.e_score_correction_bias[8:] -= 100
     samples = case.batches[0]
     shuffled = random.Random(1).sample(samples, len(samples))
     small = replace(case.config, token_budget=30, aggregation="sequence")
@@ -63,6 +66,7 @@ def gradient_cases(mesh: MeshConfig, *names: str) -> dict[str, Case]:
         "apart": replace(case, config=small, batches=[shuffled]),
         "replay": replace(case, batches=[[with_experts(s, i) for i, s in enumerate(shuffled)]]),
         "idle": replace(case, batches=[samples[:1]]),
+        "lopsided": lopsided,
     }
     return {f"{name} {mesh}": cases[name] for name in names}
 
@@ -118,7 +122,7 @@ def two(states: Path) -> Ranks:
     saved, later = steps_case(EXPERTS_2), steps_case(EXPERTS_2)
     cases = (
         gradient_cases(TWO, "packed", "apart", "idle")
-        | gradient_cases(EXPERTS_2, "apart", "replay", "idle")
+        | gradient_cases(EXPERTS_2, "replay", "idle", "lopsided")
         | {
             "five steps, FSDP": steps_case(TWO),
             "five steps, experts": steps_case(EXPERTS_2),
