@@ -1,9 +1,7 @@
 """The other ranks of a learner in Ray actors; the process that starts them becomes rank 0.
 
-end = start_ranks(4, functools.partial(serve_rank, config), num_threads=1)
-group = LearnerGroup(build_learner(config))
-...
-end()
+with started_ranks(4, functools.partial(serve_rank, config), num_threads=1):
+    group = LearnerGroup(build_learner(config))
 """
 
 import contextlib
