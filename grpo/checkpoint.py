@@ -1,9 +1,10 @@
 """Training checkpoints: everything an exact continuation needs, in `checkpoints/step_N/` of a run.
 
-    policy/         weights and router bias, an ordinary Hugging Face folder
-    learner.pt      optimizer, place in the schedule, past gradient norms, reference model
+    policy/         the policy as others read it, an ordinary Hugging Face folder
+    learner/        weights, optimizer, place in the schedule, past gradient norms, reference model: in pieces that any
+                    number of ranks can read
     trainer.pt      finished steps, where sampling stands (data cursor, groups in flight), random number generators
-    manifest.json   size and checksum of every other file, written last; files that a sharded learner adds included
+    manifest.json   size and checksum of every other file, written last
 
 A checkpoint appears whole or not at all, also when the power fails, and older ones go only after that. What was damaged
 later is noticed by its manifest, and the one before it is used.
@@ -25,22 +26,25 @@ import numpy as np
 import torch
 
 from grpo.learner import Learner
-from models.auto import load_hf_tensors, write_checkpoint
-from models.checkpoint import read_tensors, recover_folder, replace_folder
+from grpo.learner_group import LearnerGroup
+from models.checkpoint import recover_folder, replace_folder
 
 _LOG = logging.getLogger(__name__)
-_POLICY, _LEARNER, _TRAINER, _MANIFEST = "policy", "learner.pt", "trainer.pt", "manifest.json"
+_POLICY, _LEARNER, _TRAINER, _MANIFEST = "policy", "learner", "trainer.pt", "manifest.json"
 
 
-def save_checkpoint(run_dir: Path, learner: Learner, step: int, rollouts: dict[str, Any], keep: int = 2) -> Path:
+def save_checkpoint(
+    run_dir: Path, learner: Learner | LearnerGroup, step: int, rollouts: dict[str, Any], keep: int = 2
+) -> Path:
     """Writes the state after `step` finished steps, then removes all but the last `keep` checkpoints. `rollouts` says
     where sampling stands, see `grpo.rollouts.RolloutState.to_plain`. Raises OSError with ENOSPC if the disk is full.
     """
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     with replace_folder(folder) as fresh:
-        (fresh / _POLICY).mkdir()
-        write_checkpoint(learner.model, fresh / _POLICY)
-        _write(fresh / _LEARNER, learner.state_dict())
+        for name in (_POLICY, _LEARNER):
+            (fresh / name).mkdir()
+        learner.write_policy(fresh / _POLICY)
+        learner.save(fresh / _LEARNER)
         _write(fresh / _TRAINER, {"step": step, "rollouts": rollouts, "random": random_states(learner.device)})
         _write_manifest(fresh)
     # Later steps than this one are of before a fallback, and damaged.
@@ -60,7 +64,10 @@ def _step_of(folder: Path) -> int:
 
 
 def load_checkpoint(
-    run_dir: Path, learner: Learner, tell: Callable[[str], None] = _LOG.warning, last: int | None = None
+    run_dir: Path,
+    learner: Learner | LearnerGroup,
+    tell: Callable[[str], None] = _LOG.warning,
+    last: int | None = None,
 ) -> tuple[int, dict[str, Any] | None]:
     """Puts the newest whole checkpoint, of step `last` at most, into the learner; the number of steps it has finished
     and where sampling stands, or 0 and None if none was ever written.
@@ -87,9 +94,8 @@ def load_checkpoint(
     return 0, None
 
 
-def _load(folder: Path, learner: Learner) -> tuple[int, dict[str, Any]]:
-    load_hf_tensors(learner.model, read_tensors(folder / _POLICY), source=str(folder))
-    learner.load_state_dict(torch.load(folder / _LEARNER, map_location="cpu", weights_only=True))
+def _load(folder: Path, learner: Learner | LearnerGroup) -> tuple[int, dict[str, Any]]:
+    learner.load(folder / _LEARNER)
     state = torch.load(folder / _TRAINER, weights_only=True)
     set_random_states(state["random"], learner.device)
     return state["step"], state["rollouts"]

@@ -7,24 +7,28 @@ report = learner.update(samples)
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from grpo.batch import MicroBatch, TrainingSample, pack
+from grpo import learner_state
+from grpo.batch import MicroBatch, TrainingSample, pack_for_ranks
 from grpo.corrections import CorrectionConfig
+from grpo.learner_state import module_of
 from grpo.logprobs import token_logprobs
-from grpo.losses import kl_penalty, sample_sums
-from grpo.mismatch import MismatchMeter
+from grpo.losses import kl_penalty
+from grpo.meters import Meters
 from grpo.objective import ObjectiveConfig, entropy_threshold_of, objective_terms
 from grpo.schedule import Decay, learning_rate
-from grpo.step_guard import StepGuard
+from grpo.step_guard import StepGuard, TokenTerm
 from models import CausalLM, ModelOutput, SequenceLayout
-from models.auto import hf_tensors, load_hf_tensors
-from models.balance import count_experts, load_metrics
-from models.moe import Routing
+from models.parallel import ALONE, Alone, by_mesh, clip_gradients, gradient_norm, release
 from rollout.weight_source import WeightSource
+
+_BY_PARAMETER = StateDictOptions(flatten_optimizer_state_dict=True)  # groups differ between meshes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +80,25 @@ class LearnerConfig:
 
 
 class Learner:
-    """One copy of the policy in training, in this process."""
+    """One copy of the policy in training, in this process or, with a mesh, sharded over the ranks of a job.
 
-    def __init__(self, model: CausalLM, config: LearnerConfig, total_steps: int) -> None:
-        """`total_steps` counts optimizer steps and only shapes the learning rate's decay."""
-        self.model = model
-        self.config = config
-        self.total_steps = total_steps
+    Each rank of a job has a learner. Their methods are collective: every rank calls the same one, rank 0's arguments
+    count, and rank 0 gets the result.
+    """
+
+    def __init__(self, model: CausalLM, config: LearnerConfig, total_steps: int, mesh: Alone = ALONE) -> None:
+        """`total_steps` counts optimizer steps and only shapes the learning rate's decay. With a mesh the whole model
+        may be on the CPU; its parts go to the mesh's device."""
+        self.config, self.total_steps, self.mesh = config, total_steps, mesh
         self.step = 0
         self.guard = StepGuard(config.skip_norm, config.max_skipped_steps)
-        self.reference = copy.deepcopy(model).requires_grad_(False) if config.objective.kl_coef else None
+        has_reference = config.objective.kl_coef > 0
+        self.reference = mesh.shard(copy.deepcopy(model).requires_grad_(False)) if has_reference else None
+        self.model = mesh.shard(model)
+        self.expert_counts: dict[int, Tensor] = {}
+        """Layer -> [E] tokens of the last update for each expert, of all ranks and on all of them."""
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            by_mesh(self.model.parameters()),
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
@@ -105,18 +116,20 @@ class Learner:
         """
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)  # an update that raised must not leave its gradient to this one
-        meters = _Meters()
-        micro_batches = self._pack(samples)
+        meters, tokens = Meters(), []
+        micro_batches = self._share(samples)
         threshold = self._entropy_threshold(micro_batches)
         for micro_batch in micro_batches:
-            self._backward(micro_batch.to(self.device), meters, threshold)
-        norm_ = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        norm = norm_.item()
-        if reason := self.guard.judge(norm):
-            self.guard.stop_if_exhausted(reason, self.step, self.model, samples, meters.tokens)
+            self._backward(micro_batch.to(self.device), meters, tokens, threshold)
+        norm = gradient_norm(self.model.parameters(), self.mesh)
+        meters = Meters.merged(self.mesh.gather(meters))
+        self.expert_counts = self.mesh.broadcast(meters.expert_counts)
+        if reason := self.guard.judge(norm.item()):
+            everyones = [term for of_rank in self.mesh.gather(tokens) for term in of_rank]
+            self.guard.stop_if_exhausted(reason, self.step, self.model, samples, everyones)
             self.optimizer.zero_grad(set_to_none=True)
-            return meters.report() | {"policy/grad_norm": norm, "policy/skipped_steps": 1.0}
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.grad_clip, norm_)
+            return meters.report() | {"policy/grad_norm": norm.item(), "policy/skipped_steps": 1.0}
+        clip_gradients(self.model.parameters(), config.grad_clip, norm)
         lr = learning_rate(
             self.step,
             peak=config.lr,
@@ -131,23 +144,36 @@ class Learner:
         self.step += 1
         every = config.objective.reference_every
         if self.reference is not None and every and self.step % every == 0:
-            self.reference.load_state_dict(self.model.state_dict())
-        return meters.report() | {"policy/grad_norm": norm, "policy/lr": lr, "policy/skipped_steps": 0.0}
+            module_of(self.reference).load_state_dict(module_of(self.model).state_dict())
+        return meters.report() | {"policy/grad_norm": norm.item(), "policy/lr": lr, "policy/skipped_steps": 0.0}
 
-    def _pack(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
+    def _share(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
+        """This rank's micro-batches of rank 0's samples, as many as any other rank's."""
+        if self.mesh.rank:
+            return self.mesh.scatter(None)
         objective = self.config.objective
-        return pack(samples, self.config.token_budget, objective.aggregation, objective.constant_length)
+        # A layer has about 12 D^2 weights, 24 D^2 FLOPs a token; causal attention takes 2 L D.
+        parts = pack_for_ranks(
+            samples, self.config.token_budget, objective.aggregation, objective.constant_length,
+            num_ranks=self.mesh.size, quadratic_at=12 * self.model.lm_head.in_features,
+        )  # fmt: skip
+        return self.mesh.scatter(parts)
 
-    def _backward(self, batch: MicroBatch, meters: "_Meters", entropy_threshold: float | None) -> None:
+    def _backward(
+        self, batch: MicroBatch, meters: Meters, tokens: list[TokenTerm], entropy_threshold: float | None
+    ) -> None:
         config = self.config
         output = self._forward(batch)
         logprobs_N, entropies_N = self._logprobs(self.model, output.hidden_TD, batch)
         reference_N = self._reference_logprobs(batch) if config.objective.kl_in == "loss" else None
+        if not len(batch.targets_N):
+            logprobs_N.sum().backward()  # 0 of no token: only to join the other ranks' collectives
+            return
         terms = objective_terms(
             config.objective, config.correction, batch, logprobs_N, entropies_N, reference_N, entropy_threshold
         )
         terms.loss.backward()
-        meters.tokens.append((batch.samples_N, terms.of_tokens_N, logprobs_N.detach()))
+        tokens.append((batch.samples_N, terms.of_tokens_N, logprobs_N.detach()))
         meters.add("policy/loss", terms.loss, 1.0)
         for name, values_N in terms.means.items():
             meters.add(name, values_N, batch.weights_N / batch.weight_sum)
@@ -174,8 +200,10 @@ class Learner:
         if share == 1:
             return None
         on_device = [batch.to(self.device) for batch in batches]
-        entropies = [self._logprobs(self.model, self._forward(b).hidden_TD, b)[1] for b in on_device]
-        return entropy_threshold_of(torch.cat(entropies), share)
+        mine_N = torch.cat([self._logprobs(self.model, self._forward(b).hidden_TD, b)[1] for b in on_device])
+        release(self.model)
+        everyones = self.mesh.gather(mine_N)
+        return self.mesh.broadcast(entropy_threshold_of(torch.cat(everyones), share) if everyones else None)
 
     @torch.no_grad()
     def with_old_logprobs(self, samples: list[TrainingSample]) -> list[TrainingSample]:
@@ -184,14 +212,17 @@ class Learner:
         """
         if self.config.correction.kind == "none" and self.config.correction.old_logprobs == "sampler":
             return samples
-        old = [torch.zeros(len(sample.token_ids)) for sample in samples]
-        for batch in self._pack(samples):
+        mine: list[tuple[Tensor, Tensor]] = []
+        for batch in self._share(samples):
             on_device = batch.to(self.device)
             logprobs_N, _ = self._logprobs(self.model, self._forward(on_device).hidden_TD, on_device)
-            logprobs_N = logprobs_N.float().cpu()
-            for place in batch.samples_N.unique().tolist():
+            mine.append((batch.samples_N, logprobs_N.float().cpu()))
+        release(self.model)
+        old = [torch.zeros(len(sample.token_ids)) for sample in samples]
+        for samples_N, logprobs_N in (pair for of_rank in self.mesh.gather(mine) for pair in of_rank):
+            for place in samples_N.unique().tolist():
                 trained_L = torch.tensor(samples[place].loss_mask)
-                old[place][trained_L] = logprobs_N[batch.samples_N == place]
+                old[place][trained_L] = logprobs_N[samples_N == place]
         return [replace(s, old_logprobs=old_L.tolist()) for s, old_L in zip(samples, old, strict=True)]
 
     @torch.no_grad()
@@ -200,16 +231,21 @@ class Learner:
         the probabilities it was sampled with and the reference's. 0.0 for each unless `kl_in` is "reward"."""
         objective = self.config.objective
         penalties = [0.0] * len(samples)
-        if objective.kl_in == "loss" or self.reference is None or not any(sample.num_trained for sample in samples):
+        if objective.kl_in == "loss" or self.reference is None:
             return penalties
-        for batch in self._pack(samples):
+        if not self.mesh.broadcast(any(sample.num_trained for sample in samples)):
+            return penalties
+        mine: list[tuple[Tensor, Tensor]] = []
+        for batch in self._share(samples):
             on_device = batch.to(self.device)
             reference_N = self._reference_logprobs(on_device)
             assert reference_N is not None
             kl_N = kl_penalty(on_device.sampling_logprobs_N, reference_N, objective.kl_estimator)
-            sums = dict(zip(batch.samples_N.tolist(), sample_sums(kl_N, on_device.samples_N).tolist(), strict=True))
-            for place, total in sums.items():
-                penalties[place] = objective.kl_coef * total
+            mine.append((batch.samples_N, kl_N.cpu()))
+        release(self.reference)
+        for samples_N, kl_N in (pair for of_rank in self.mesh.gather(mine) for pair in of_rank):
+            for place in samples_N.unique().tolist():
+                penalties[place] = objective.kl_coef * kl_N[samples_N == place].sum().item()
         return penalties
 
     def _logprobs(self, model: CausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -219,56 +255,45 @@ class Learner:
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of each token given those before it; one fewer than tokens per sequence."""
+        sequences = self.mesh.broadcast(sequences)
         layout = SequenceLayout.from_lengths([len(sequence) for sequence in sequences], self.device)
         ids_T = torch.tensor([token for sequence in sequences for token in sequence], device=self.device)
         hidden_TD = self.model(ids_T, layout).hidden_TD
         ones_T = torch.ones(len(ids_T) - 1, device=self.device)
         logprobs_T, _ = token_logprobs(hidden_TD[:-1], self.model.lm_head.weight, ids_T[1:], ones_T)
+        release(self.model)
         logprobs = logprobs_T.tolist()
         return [logprobs[s : e - 1] for s, e in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
 
     def named_weights(self) -> WeightSource:
-        """Every weight under its Hugging Face name, as views that the next update changes."""
-        return WeightSource(self.model)
+        """Every weight under its Hugging Face name, as views that the next update changes, or gathered one by one."""
+        return WeightSource(self.model, self.mesh.compute_dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact continuation needs beside the model's weights."""
-        return {
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "guard": self.guard.state_dict(),
-            "reference": None if self.reference is None else dict(hf_tensors(self.reference)),
-        }
+        """What an exact continuation needs beside the model's weights; sharded as they are."""
+        optimizer = get_optimizer_state_dict(module_of(self.model), self.optimizer, options=_BY_PARAMETER)
+        state = {"step": self.step, "optimizer": optimizer, "guard": self.guard.state_dict()}
+        if self.reference is not None:
+            state["reference"] = module_of(self.reference).state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_optimizer_state_dict(module_of(self.model), self.optimizer, state["optimizer"], options=_BY_PARAMETER)
         self.guard.load_state_dict(state["guard"])
         if self.reference is not None:
-            load_hf_tensors(self.reference, state["reference"].items(), source="the checkpoint's reference model")
+            module_of(self.reference).load_state_dict(state["reference"])
 
+    def save(self, folder: Path) -> None:
+        """Writes all that an exact continuation needs into an existing folder, for any number of ranks."""
+        learner_state.save(self.model, self.state_dict(), folder, self.mesh)
 
-class _Meters:
-    """Weighted sums over micro-batches; the weights of a batch sum to 1, so sums are means.
+    def load(self, folder: Path) -> None:
+        """The opposite of `save`."""
+        state = self.state_dict()
+        learner_state.load(self.model, state, folder, self.mesh)
+        self.load_state_dict(state)
 
-    All stays on the device until the report, so that a GPU is never waited for in between.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._expert_counts: dict[int, Tensor] = {}
-        self.tokens: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Per micro-batch [N] place of the sample, loss and log-probability of each trained token."""
-        self.mismatch = MismatchMeter()
-
-    def add(self, name: str, values_N: Tensor, weights_N: Tensor | float) -> None:
-        added = (values_N.detach() * weights_N).sum().double()
-        self._sums[name] = self._sums.get(name, torch.zeros_like(added)) + added
-
-    def add_experts(self, routing: dict[int, Routing]) -> None:
-        for layer, routed in routing.items():
-            self._expert_counts[layer] = self._expert_counts.get(layer, 0) + count_experts(routed)
-
-    def report(self) -> dict[str, float]:
-        sums = {name: total.item() for name, total in self._sums.items()}
-        return sums | self.mismatch.report() | load_metrics(self._expert_counts)
+    def write_policy(self, folder: Path) -> None:
+        """Writes the policy as a Hugging Face checkpoint into an existing folder."""
+        learner_state.write_policy(self.model, folder, self.mesh)

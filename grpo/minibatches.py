@@ -7,11 +7,14 @@ from collections.abc import Sequence
 
 from grpo.batch import TrainingSample
 from grpo.learner import Learner
+from grpo.learner_group import LearnerGroup
 
 _SKIPPED = "policy/skipped_steps"
 
 
-def update_in_minibatches(learner: Learner, samples: Sequence[TrainingSample], minibatches: int) -> dict[str, float]:
+def update_in_minibatches(
+    learner: Learner | LearnerGroup, samples: Sequence[TrainingSample], minibatches: int
+) -> dict[str, float]:
     """One optimizer step on each of `minibatches` equal shares of the samples, in their order.
 
     The report is the mean over the steps that were applied (the first step's if none was), with the mismatch of the

@@ -54,6 +54,14 @@ class MismatchMeter:
         counted = torch.stack([of_kind.sum() for of_kind in counts])
         self._experts = counted if self._experts is None else self._experts + counted
 
+    def merge(self, other: "MismatchMeter") -> None:
+        """Adds what another rank has seen."""
+        self._differences += other._differences
+        self._lags += other._lags
+        self._rows += other._rows
+        if other._experts is not None:
+            self._experts = other._experts if self._experts is None else self._experts + other._experts
+
     def report(self) -> dict[str, float]:
         """Under `mismatch/`: mean and largest |difference|; KL(sampler || learner) per token as k1 (unbiased, of either
         sign) and k3 (never negative); quantiles of pi_learner / pi_sampler; k3 per version lag, if there is any lag;

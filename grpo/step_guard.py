@@ -22,12 +22,13 @@ from torch import Tensor
 from grpo.batch import TrainingSample
 from grpo.sample_file import write_samples
 from models import CausalLM
+from models.parallel import local
 
 WINDOW, MIN_NORMS = 100, 10
 """Norms of applied steps from which the median is taken, and how many it needs."""
 
-TokenTerms = Sequence[tuple[Tensor, Tensor, Tensor]]
-"""Per micro-batch the place of the sample, the loss and the log-probability of each trained token, [N] each."""
+TokenTerm = tuple[Tensor, Tensor, Tensor]
+"""Of a micro-batch the place of the sample, the loss and the log-probability of each trained token, [N] each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class StepGuard:
         return reason
 
     def stop_if_exhausted(
-        self, reason: str, step: int, model: CausalLM, batch: Sequence[TrainingSample], tokens: TokenTerms
+        self, reason: str, step: int, model: CausalLM, batch: Sequence[TrainingSample], tokens: Sequence[TokenTerm]
     ) -> None:
         """Raises StepsSkippedError if too many steps were skipped in a row. To be called with the gradient still there,
         before it is clipped.
@@ -90,7 +91,9 @@ class StepGuard:
         if self.skipped_in_a_row <= self.max_skipped:
             return
         parameters = [
-            name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
+            name
+            for name, p in model.named_parameters()
+            if p.grad is not None and not torch.isfinite(local(p.grad)).all()
         ]
         message = (
             f"{self.skipped_in_a_row} optimizer steps in a row were skipped, {step} had been taken before; at last "
@@ -107,9 +110,11 @@ class StepGuard:
         self.skipped_in_a_row = state["skipped_in_a_row"]
 
 
-def samples_at_fault(batch: Sequence[TrainingSample], tokens: TokenTerms) -> list[dict[str, Any]]:
+def samples_at_fault(batch: Sequence[TrainingSample], tokens: Sequence[TokenTerm]) -> list[dict[str, Any]]:
     """Per sample with a fault its place and the names of what is not finite; without any, the eight largest losses."""
-    places_N, losses_N, logprobs_N = (torch.cat(part).cpu() for part in zip(*tokens, strict=True))
+    if not tokens:
+        return []  # another rank than the one that holds the samples
+    places_N, losses_N, logprobs_N = (torch.cat([x.cpu() for x in part]) for part in zip(*tokens, strict=True))
     rows = []
     for place in places_N.unique().tolist():
         of_sample, sample = places_N == place, batch[place]

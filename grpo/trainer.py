@@ -16,6 +16,7 @@ from grpo.batch import TrainingSample
 from grpo.checkpoint import checkpoints, find_damage, load_checkpoint, save_checkpoint
 from grpo.interruption import interruption
 from grpo.learner import Learner
+from grpo.learner_group import LearnerGroup
 from grpo.metrics import MetricsLogger, Tracker, append_rows, drop_steps
 from grpo.minibatches import update_in_minibatches
 from grpo.mismatch import MismatchAlarm
@@ -127,7 +128,7 @@ class GRPOTrainer:
     def __init__(
         self,
         config: TrainerConfig,
-        learner: Learner,
+        learner: Learner | LearnerGroup,
         pool: EnginePool,
         prompts: PromptSource,
         rubric: Rubric,

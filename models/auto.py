@@ -129,9 +129,10 @@ class TransformersCausalLM(nn.Module):
         if missing:
             raise ValueError(f"{source}: lacks {len(missing)} tensors of the model: {', '.join(sorted(missing)[:8])}")
 
-    def write(self, folder: Path) -> None:
-        """Writes the checkpoint into an existing folder, as transformers does."""
-        self._reference[0].save_pretrained(folder)
+    def write(self, folder: Path, whole: Callable[[Tensor], Tensor]) -> None:
+        """Writes the checkpoint into an existing folder, as transformers does; all of it in main memory at once."""
+        tensors = {name: whole(tensor).cpu() for name, tensor in self.hf_tensors()}
+        self._reference[0].save_pretrained(folder, state_dict=tensors)
 
     @torch.no_grad()
     def _refuse_by_trial(self) -> None:
@@ -234,12 +235,12 @@ def load_hf_tensors(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], sour
         checkpoint.load_hf_tensors(_ours(model), tensors, source)
 
 
-def write_checkpoint(model: CausalLM, folder: Path) -> None:
-    """Writes `config.json` and the weights into an existing folder."""
+def write_checkpoint(model: CausalLM, folder: Path, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    """Writes `config.json` and the weights into an existing folder; `whole` gathers a sharded one."""
     if isinstance(model, TransformersCausalLM):
-        model.write(folder)
+        model.write(folder, whole)
     else:
-        checkpoint.write_checkpoint(_ours(model), folder)
+        checkpoint.write_checkpoint(_ours(model), folder, whole=whole)
 
 
 def save_pretrained(model: CausalLM, folder: str | Path) -> None:

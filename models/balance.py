@@ -19,7 +19,7 @@ def update_correction_bias(router: Router, counts_E: Tensor, speed: float) -> No
     DeepSeek-V3 used speed 0.001, and 0 at the end. During RL the bias stays frozen: a bias that moves between rollout
     and update makes the learner another policy than the one that sampled.
     """
-    counts_E = counts_E.float()
+    counts_E = counts_E.to(router.e_score_correction_bias)
     router.e_score_correction_bias += speed * torch.sign(counts_E.mean() - counts_E)
 
 

@@ -156,14 +156,15 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     fp8: ScaleFormat | None = None,
+    whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
     """Writes `config.json` and the tensors into an existing folder; with `fp8`, matrices as FP8 blocks.
 
     Peak extra memory is about one shard for a model on an accelerator or in FP8, next to nothing for one on the CPU,
-    whose parameters are written from where they are.
+    whose parameters are written from where they are. `whole` as in `hf_tensors`.
     """
     config = model.config.to_dict() | {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    tensors = hf_tensors(model)
+    tensors = hf_tensors(model, whole)
     if fp8 is not None:
         config["quantization_config"] = quantization_config(fp8)
         tensors = quantize_tensors(tensors, fp8)

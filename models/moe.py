@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import DeepseekV3Config
+from models.expert_parallel import ExpertExchange
 from models.fused import fused
 from models.moves import collect_rows, spread_rows, take_rows
 
@@ -98,9 +99,13 @@ def weighted_swiglu(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
 class RoutedExperts(nn.Module):
     """All routed experts of a layer, stacked; on disk each has its own three tensors."""
 
+    exchange: ExpertExchange | None = None
+    """Set where other ranks hold experts, too (parallel.py); the stacked weights are then those of this rank."""
+
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
@@ -114,14 +119,24 @@ class RoutedExperts(nn.Module):
         rows_TK = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
         rows_TK = rows_TK.view_as(ids_TK)  # where each token's K rows stand
         tokens_R = order_R // ids_TK.shape[1]
-        experts_E = torch.arange(len(self.down_proj), device=order_R.device)
+        experts_E = torch.arange(self.num_experts, device=order_R.device)
         ends_E = torch.searchsorted(experts_R, experts_E, right=True, out_int32=True)
 
-        x_RD = spread_rows(x_TD, tokens_R, rows_TK)
-        gate_up_RF = F.grouped_mm(x_RD, self.gate_up_proj.transpose(1, 2), offs=ends_E)
-        inner_RF = weighted_swiglu(gate_up_RF, take_rows(weights_TK.flatten(), order_R))
-        out_RD = F.grouped_mm(inner_RF, self.down_proj.transpose(1, 2), offs=ends_E)
+        x_RD, weights_R = spread_rows(x_TD, tokens_R, rows_TK), take_rows(weights_TK.flatten(), order_R)
+        if self.exchange is None:
+            out_RD = self._compute(x_RD, weights_R, ends_E)
+        else:
+            out_RD = self.exchange(x_RD, weights_R, ends_E, self._compute)
         return collect_rows(out_RD, tokens_R, rows_TK)
+
+    def _compute(self, x_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+        """Rows sorted by expert through the experts of this rank, [R, D] -> [R, D]."""
+        gate_up_EFD, down_EDF = self.gate_up_proj, self.down_proj
+        if self.exchange is not None:
+            gate_up_EFD, down_EDF = self.exchange.local(gate_up_EFD), self.exchange.local(down_EDF)
+        gate_up_RF = F.grouped_mm(x_RD, gate_up_EFD.transpose(1, 2), offs=ends_E)
+        inner_RF = weighted_swiglu(gate_up_RF, weights_R)
+        return F.grouped_mm(inner_RF, down_EDF.transpose(1, 2), offs=ends_E)
 
     def loop(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The plain twin of `forward`: one expert after the other."""

@@ -2,12 +2,18 @@
 
     grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero
     grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero --resume
+    grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero --mesh.ranks 4
 
 The run folder holds config.json, metrics.jsonl, tensorboard/, groups.jsonl, checkpoints/ and at the end model/; also
 samples/ if asked, and culprits/ if it ended because of bad gradients.
 """
 
-from collections.abc import Callable
+import contextlib
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -16,11 +22,12 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from grpo.learner import Learner, LearnerConfig
+from grpo.learner_group import LearnerGroup, serve
 from grpo.metrics import check_trackers
 from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import from_pretrained
-from models.auto import write_checkpoint
 from models.checkpoint import replace_folder, tensor_shapes
+from models.parallel import ALONE, MeshConfig, join, leave
 from pipelines.config import flat_fields, read_config, write_config
 from pipelines.console import console, progress_bar
 from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
@@ -63,6 +70,8 @@ class ZeroConfig:
     """The loop."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     """Objective and optimizer."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """The learner's ranks; they are started by Ray, unless torchrun or `accelerate launch` has."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The engines that sample."""
 
@@ -136,7 +145,8 @@ def open_run_folder(config: ZeroConfig, out: Path) -> None:
         raise FileNotFoundError(f"{out} holds no run to resume (no config.json); start it without --resume")
     started = flat_fields(read_config(ZeroConfig, saved, default=config))
     asked = flat_fields(config)
-    changed = [name for name in asked if name not in ("out", "resume") and asked[name] != started[name]]
+    free = ("out", "resume", *(name for name in asked if name.startswith("mesh.")))
+    changed = [name for name in asked if name not in free and asked[name] != started[name]]
     if changed:
         raise ValueError(
             f"{out} was started with another {', '.join(changed)}; resume it with the configuration in {saved}"
@@ -144,48 +154,97 @@ def open_run_folder(config: ZeroConfig, out: Path) -> None:
 
 
 def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
-    """The whole of `grpo zero`; the folder of the trained model. A `pool` that is passed in stays open."""
+    """The whole of `grpo zero`; the folder of the trained model. A `pool` that is passed in stays open.
+
+    Where torchrun has started several, the process of rank 0 does this, the others are the learner's other ranks.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        serve_rank(config)
+        return Path(config.out) / "model"
     return train(prepare(config), pool)
 
 
 def build_learner(config: ZeroConfig) -> Learner:
-    """The base checkpoint in training, our model or a dense one of transformers."""
+    """The base checkpoint in training, our model or a dense one of transformers; one rank of it in a job of several."""
+    torch.set_num_threads(config.num_threads)
     total_steps = config.trainer.steps * config.trainer.minibatches
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model = from_pretrained(config.model, dtype=getattr(torch, config.dtype), device=device)
-    return Learner(model, config.learner, total_steps)
+    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    mesh = join(config.mesh, device)
+    # What is to be sharded never is whole on the device.
+    model = from_pretrained(
+        config.model, dtype=getattr(torch, config.dtype), device=device if mesh is ALONE else torch.device("cpu")
+    )
+    return Learner(model, config.learner, total_steps, mesh)
+
+
+def serve_rank(config: ZeroConfig) -> None:
+    """One of the learner's ranks but 0, until that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, signal.SIG_IGN)  # rank 0 ends its step and saves, for which it needs the others
+    try:
+        serve(build_learner(config))
+    finally:
+        leave()  # after an error, too: closed connections tell the others
+
+
+@contextlib.contextmanager
+def started_learner(config: ZeroConfig) -> Iterator[Learner | LearnerGroup]:
+    """The learner with all its ranks, within the block."""
+    if config.mesh.ranks == 1:
+        yield build_learner(config)
+        leave()
+        return
+    if torch.cuda.is_available() and config.engine.kind == "vllm" and config.engine.placement == "colocated":
+        raise ValueError(
+            f"mesh.ranks={config.mesh.ranks} with engine.placement='colocated': rank 0 hands out the weights, which "
+            "reach engines on other GPUs only with engine.placement='separate'"
+        )
+    with contextlib.ExitStack() as stack:
+        if "WORLD_SIZE" not in os.environ:
+            from grpo.ray_learner import started_ranks  # Ray starts processes: only for those who ask
+
+            engines = config.engine.num_engines if config.engine.transport == "ray" else 0
+            others = functools.partial(serve_rank, config)
+            ranks = started_ranks(config.mesh.ranks, others, num_threads=config.num_threads, slots_beside=engines)
+            stack.enter_context(ranks)
+        stack.callback(leave)
+        group = LearnerGroup(build_learner(config))
+        yield group
+        group.close()  # not after an error: ranks may be in the middle of something, and end with rank 0
 
 
 def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
     config = run.config
-    torch.set_num_threads(config.num_threads)
     console.print(f"engine {config.engine.kind}; {config.trainer.arithmetic()}", soft_wrap=True)
     set_seed(config.trainer.seed % 2**32)  # for rewards and adapters that use the global generators; nothing else does
-    learner = build_learner(config)
-    with console.status("starting the engines"):
-        engines = pool or build_pool(config.engine, config.model)
-    try:
-        with progress_bar("training", config.trainer.steps) as bar:
-            trainer = GRPOTrainer(
-                config.trainer, learner, engines, run.prompts, run.rubric,
-                decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
-                on_step=lambda step, metrics: bar.advance(console_line(metrics)),
-                tell=lambda message: console.print(message, style="bold red", soft_wrap=True),
-            )  # fmt: skip
-            if trainer.first_step:
-                bar.advance("resumed", steps=trainer.first_step)
-            elif config.resume:
-                console.print("there is no checkpoint yet: the run begins again from step 0")
-            finished = trainer.run()
-    finally:
-        if pool is None:
-            engines.close()
+    with started_learner(config) as learner:
+        with console.status("starting the engines"):
+            engines = pool or build_pool(config.engine, config.model)
+        try:
+            with progress_bar("training", config.trainer.steps) as bar:
+                trainer = GRPOTrainer(
+                    config.trainer, learner, engines, run.prompts, run.rubric,
+                    decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
+                    on_step=lambda step, metrics: bar.advance(console_line(metrics)),
+                    tell=lambda message: console.print(message, style="bold red", soft_wrap=True),
+                )  # fmt: skip
+                if trainer.first_step:
+                    bar.advance("resumed", steps=trainer.first_step)
+                elif config.resume:
+                    console.print("there is no checkpoint yet: the run begins again from step 0")
+                finished = trainer.run()
+        finally:
+            if pool is None:
+                engines.close()
+        if finished == config.trainer.steps:
+            with replace_folder(run.out / "model") as fresh:
+                learner.write_policy(fresh)
+                run.tokenizer.save_pretrained(str(fresh))
     if finished < config.trainer.steps:
         console.print(f"stopped and saved after {finished} of {config.trainer.steps} steps; --resume continues")
         raise SystemExit(130)
-    with replace_folder(run.out / "model") as fresh:
-        write_checkpoint(learner.model, fresh)
-        run.tokenizer.save_pretrained(str(fresh))
     return run.out / "model"
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from models import CausalLM, hf_tensors
+from models.parallel import whole
 from rollout.engine import WeightStream
 from rollout.manifest import Manifest, TensorRecord, differences, records, refuse
 
@@ -26,15 +27,12 @@ class WeightSource:
     Gathering is collective: every rank iterates, and the ranks that do not send drop what they get.
     """
 
-    def __init__(self, model: CausalLM) -> None:
-        self._model = model
+    def __init__(self, model: CausalLM, dtype: torch.dtype | None = None) -> None:
+        """Parameters that are sharded are rounded to `dtype` before they are gathered, as they are for computing."""
+        self._model, self._dtype = model, dtype
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return hf_tensors(self._model, whole=_whole)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return hf_tensors(self._model, lambda tensor: whole(tensor, self._dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo import checkpoint as checkpoint_module
+from grpo import learner_state
 from grpo.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from grpo.learner import Learner, LearnerConfig
 from grpo.objective import ObjectiveConfig
@@ -126,14 +126,17 @@ def empty(folder: Path) -> None:
     folder.mkdir()
 
 
-FILES = ("policy/model.safetensors", "policy/config.json", "learner.pt", "trainer.pt")
+FILES = ("policy/model.safetensors", "policy/config.json", "learner/.metadata", "learner/__0_0.distcp", "trainer.pt")
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     **{f"flipped {name}": (lambda f, n=name: flip(f / n), f"{name} holds other bytes") for name in FILES},
     **{f"lost {name}": (lambda f, n=name: (f / n).unlink(), f"{name} is missing") for name in FILES},
-    "cut": (lambda f: (f / "learner.pt").write_bytes((f / "learner.pt").read_bytes()[:-9]), "learner.pt has .* bytes"),
+    "cut": (
+        lambda f: (f / "learner/__0_0.distcp").write_bytes((f / "learner/__0_0.distcp").read_bytes()[:-9]),
+        "learner/__0_0.distcp has .* bytes",
+    ),
     "emptied": (lambda f: (f / "policy/model.safetensors").write_bytes(b""), "safetensors has 0 bytes instead of"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
-    "cut manifest": (lambda f: (f / "manifest.json").write_text('{"learner.pt": {'), "cannot be read"),
+    "cut manifest": (lambda f: (f / "manifest.json").write_text('{"learner/__0_0.distcp": {'), "cannot be read"),
     "other manifest": (lambda f: (f / "manifest.json").write_text("[1]"), "cannot be read"),
     "a folder in place of a file": (lambda f: ((f / "trainer.pt").unlink(), (f / "trainer.pt").mkdir()), "trainer.pt"),
     "empty": (empty, "manifest.json is missing"),
@@ -177,7 +180,7 @@ def test_checkpoints_of_before_a_fallback_do_not_outlive_good_ones(tmp_path: Pat
     for step in range(4, 9):
         save_checkpoint(tmp_path, learner, step, {}, keep=9)
     for step in (6, 7, 8):
-        (tmp_path / "checkpoints" / f"step_{step:06d}" / "learner.pt").unlink()
+        (tmp_path / "checkpoints" / f"step_{step:06d}" / "learner/__0_0.distcp").unlink()
     save_checkpoint(tmp_path, learner, 5, {}, keep=2)
     assert entries(tmp_path) == ["step_000004", "step_000005"]
 
@@ -217,7 +220,7 @@ def test_a_crash_while_saving_leaves_the_previous_one(
         reached.append((tmp_path / "checkpoints" / f".step_{step:06d}.new" / "policy" / "config.json").exists())
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch if broken == "save" else checkpoint_module, broken, crash)
+    monkeypatch.setattr(torch if broken == "save" else learner_state, broken, crash)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path, learner, step, {"place": 7})
     assert reached == [broken == "save"]
@@ -251,7 +254,9 @@ def test_what_a_killed_process_left_is_ignored(tmp_path: Path) -> None:
 def test_another_model_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, make_learner(), 1, {"place": 7})
     other = Learner(sharp_model(replace(BASE, num_hidden_layers=2)), CONFIG, total_steps=10)
-    with pytest.raises(ValueError, match=r"step_000001: \d+ tensors do not fit the model: unexpected model\.layers\.2"):
+    with pytest.raises(
+        ValueError, match=r"step_000001/learner: \d+ tensors do not fit the model: unexpected model\.layers\.2"
+    ):
         load_checkpoint(tmp_path, other)
 
 
@@ -297,5 +302,6 @@ def test_what_a_power_cut_could_lose_is_flushed_before_it_counts(
     monkeypatch.setattr(shutil, "rmtree", watched_remove)
     save_checkpoint(tmp_path, learner, 6, {}, keep=1)
     at = events.index(("rename", "step_000006"))
-    assert {("flush", name) for name in names} == set(events[:at]) and "manifest.json" in names
+    flushed = {name for _, name in events[:at]} - {".metadata.tmp"}  # torch renames it
+    assert names == flushed and "manifest.json" in names
     assert events[at + 1] == ("flush", "checkpoints") and events[-1] == ("remove", "step_000005")

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from grpo.batch import TrainingSample
-from grpo.learner import Learner, LearnerConfig, load_metrics
+from grpo.learner import Learner, LearnerConfig
 from grpo.objective import ObjectiveConfig
 from models import CausalLM, SequenceLayout, hf_tensors, save_pretrained
+from models.balance import load_metrics
 from rollout.engine import EngineConfig
 from rollout.native_engine import NativeEngine
 from rollout.sample import Prompt, SamplingParams

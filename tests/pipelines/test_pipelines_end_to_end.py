@@ -19,10 +19,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.learner import load_metrics
 from grpo.metrics import read_metrics
 from grpo.trainer import TrainerConfig
 from models import DeepseekV3ForCausalLM, SequenceLayout, load_pretrained
+from models.balance import load_metrics
 from models.checkpoint import read_tensors
 from pipelines.config import read_config
 from pipelines.evaluate import EvalConfig, wilson_interval

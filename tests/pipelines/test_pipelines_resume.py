@@ -152,9 +152,9 @@ def test_a_damaged_checkpoint_is_passed_over_aloud_and_all_damaged_is_refused(
 ) -> None:
     out = shutil.copytree(uninterrupted, tmp_path / "run")
     older, newest = sorted((out / "checkpoints").iterdir())
-    (newest / "learner.pt").write_bytes(b"")
+    (newest / "learner/__0_0.distcp").write_bytes(b"")
     done = grpo(*zero(base, out, "--resume"))
-    assert done.status == 0 and "damaged checkpoints: step_000008: learner.pt has 0 bytes" in done.out
+    assert done.status == 0 and "damaged checkpoints: step_000008: learner/__0_0.distcp has 0 bytes" in done.out
     assert f"Going back to {older.name}" in done.out
     assert_same_run(out, uninterrupted)
     for folder in (out / "checkpoints").iterdir():
