@@ -21,7 +21,6 @@ from grpo.logprobs import KeptTokens
 from models import SequenceLayout
 from models.moves import moved
 from rollout.router_replay import is_recorded
-from rollout.sample import NOTHING_KEPT
 
 Aggregation = Literal["token", "sequence", "constant"]
 """How token losses become one number: mean over all trained tokens (DAPO, arXiv:2503.14476); mean over each sample's
@@ -50,9 +49,11 @@ class TrainingSample:
     policy_lags: Sequence[int] | None = None
     """[L] by how many versions the weights that sampled each token were older than those that the step begins with;
     None for nought throughout."""
-    kept_ids: Sequence[np.ndarray] | None = field(default=None, compare=False, repr=False)
-    """[L] the tokens from which each was drawn, as recorded under top_p and top_k, `NOTHING_KEPT` for all; None for all
-    throughout."""
+    kept_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """[J] the tokens from which those of the sample were drawn, end to end, as recorded under top_k and top_p; None for
+    the whole vocabulary throughout."""
+    kept_counts: Sequence[int] | None = None
+    """[L] how many of `kept_ids` belong to each token; 0 for the whole vocabulary."""
     old_logprobs: Sequence[float] | None = None
     """[L] as the learner saw them before its first step on the batch, filled in by `Learner.with_old_logprobs`."""
 
@@ -266,17 +267,19 @@ def _old_logprobs(samples: Sequence[TrainingSample], trained_N: Tensor) -> Tenso
 
 
 def _pack_kept(samples: Sequence[TrainingSample]) -> KeptTokens | None:
-    if all(sample.kept_ids is None for sample in samples):
-        return None
-    kept_N: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
+    ids: list[np.ndarray] = []
+    first = 0
     for sample in samples:
-        kept_L = sample.kept_ids or [NOTHING_KEPT] * len(sample.token_ids)
-        kept_N += [ids for ids, is_trained in zip(kept_L, sample.loss_mask, strict=True) if is_trained]
-    counts_N = torch.tensor([len(ids) for ids in kept_N])
-    return KeptTokens(
-        rows_J=torch.arange(len(kept_N)).repeat_interleave(counts_N),
-        ids_J=torch.from_numpy(np.concatenate(kept_N)).long(),
-    )
+        if sample.kept_ids is not None and sample.kept_counts is not None:
+            mask_L, counts_L = np.array(sample.loss_mask), np.array(sample.kept_counts)
+            is_trained_J = np.repeat(mask_L, counts_L)
+            rows.append(np.repeat(first + mask_L.cumsum() - 1, counts_L)[is_trained_J])
+            ids.append(sample.kept_ids[is_trained_J].astype(np.int64))
+        first += sample.num_trained
+    if not ids:
+        return None
+    return KeptTokens(rows_J=torch.from_numpy(np.concatenate(rows)), ids_J=torch.from_numpy(np.concatenate(ids)))
 
 
 def _pack_experts(samples: Sequence[TrainingSample]) -> Tensor | None:

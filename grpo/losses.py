@@ -135,7 +135,8 @@ def kl_penalty(
 
 def sample_sums(values_N: Tensor, samples_N: Tensor) -> Tensor:
     """[N] the sum over the sample of each token; carries the gradient."""
-    totals = values_N.new_zeros(int(samples_N.max()) + 1).index_add(0, samples_N, values_N)
+    size = int(samples_N.max()) + 1 if len(samples_N) else 0
+    totals = values_N.new_zeros(size).index_add(0, samples_N, values_N)
     return totals[samples_N]
 
 

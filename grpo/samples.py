@@ -7,10 +7,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from grpo.advantages import AdvantageConfig, Step, batch_advantages, process_advantages
 from grpo.batch import TrainingSample
 from rewards import Rubric, Sample, Score
-from rollout.sample import ENVIRONMENT, NOTHING_KEPT, Completion, CompletionGroup, FinishReason, Prompt
+from rollout.sample import ENVIRONMENT, Completion, CompletionGroup, FinishReason, Prompt
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 """Token ids of several completions -> their texts."""
@@ -166,7 +168,7 @@ def _token_steps(prompt: Prompt, completion: Completion, score: Score, decode: D
 
 def _draft(prompt: Prompt, completion: Completion, temperature: float, version: int) -> TrainingSample:
     """A sample whose advantage is not known yet."""
-    of_prompt = len(prompt.token_ids)
+    of_prompt, kept = len(prompt.token_ids), completion.kept_ids
     lags = [0 if sampler == ENVIRONMENT else version - sampler for sampler in completion.versions]
     return TrainingSample(
         token_ids=[*prompt.token_ids, *completion.token_ids],
@@ -175,5 +177,6 @@ def _draft(prompt: Prompt, completion: Completion, temperature: float, version: 
         temperature=temperature,
         expert_ids=completion.expert_ids,
         policy_lags=[0] * of_prompt + lags,
-        kept_ids=None if completion.kept_ids is None else (NOTHING_KEPT,) * of_prompt + completion.kept_ids,
+        kept_ids=None if kept is None else np.concatenate(kept),
+        kept_counts=None if kept is None else [0] * of_prompt + [len(ids) for ids in kept],
     )

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from grpo.advantages import AdvantageConfig
-from grpo.batch import TrainingSample
+from grpo.batch import TrainingSample, pack
 from grpo.learner import Learner, LearnerConfig
 from grpo.rollouts import RolloutState
 from grpo.samples import build_samples
@@ -136,7 +136,10 @@ def test_answers_and_checkpoints() -> None:
     kept = again.carried[0].completions[0].kept_ids
     assert kept is not None and [part.tolist() for part in kept] == [[1, 2], [3]]
     (sample,) = build([CompletionGroup(prompt=PROMPTS[0], completions=[answered, turn])], 1.0)[:1]
-    assert sample.kept_ids is not None and [len(part) for part in sample.kept_ids] == [0, 0, 0, 2, 1, 0, 0]
+    assert sample.kept_counts == [0, 0, 0, 2, 1, 0, 0] and sample.kept_ids is not None
+    assert sample.kept_ids.tolist() == [1, 2, 3]
+    (batch,) = pack([replace(sample, kept_ids=None), sample], 99, "token")
+    assert batch.kept is not None and batch.kept.rows_J.tolist() == [2, 2, 3] and batch.kept.ids_J.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("wrong", [{"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}])
