@@ -22,11 +22,16 @@ from torch import Tensor, nn
 from models import checkpoint
 from models.causal_attention import DENSE_NAME, dense_attention
 from models.config import MODEL_TYPES
+from models.lora import has_adapters, load_adapter, plain_tensors, write_adapter
 from models.packing import SequenceLayout
 from models.transformer import DeepseekV3ForCausalLM, ModelOutput, Replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+ADAPTER = "adapter"
+"""Folder of the adapters alone, inside that of the merged checkpoint."""
 
 
 class HasVocabulary(Protocol):
@@ -102,12 +107,12 @@ class TransformersCausalLM(nn.Module):
     def routers(self) -> Mapping[int, nn.Module]:
         return {}
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, detached, under its name in transformers; a tied head is not named again.
 
         For Qwen, Llama, Gemma and most others that is the name in the checkpoint, too.
         """
-        for name, tensor in self.state_dict().items():
+        for name, tensor in plain_tensors(self, whole):
             if not (name == "lm_head.weight" and self.config.tie_word_embeddings):
                 yield name, tensor
 
@@ -127,7 +132,7 @@ class TransformersCausalLM(nn.Module):
 
     def write(self, folder: Path) -> None:
         """Writes the checkpoint into an existing folder, as transformers does."""
-        self._reference[0].save_pretrained(folder)
+        self._reference[0].save_pretrained(folder, state_dict=dict(self.hf_tensors()))
 
     @torch.no_grad()
     def _refuse_by_trial(self) -> None:
@@ -216,22 +221,39 @@ def read_model_type(path: Path) -> str | None:
 def hf_tensors(
     model: CausalLM, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its checkpoint name, detached views of the parameters; `whole` gathers a sharded one."""
+    """Every tensor under its checkpoint name, detached views of the parameters; `whole` gathers a sharded one.
+
+    Of a model with adapters it is what a model without them would hold, merged a tensor at a time into copies.
+    """
     if isinstance(model, TransformersCausalLM):
-        return ((name, whole(tensor)) for name, tensor in model.hf_tensors())
+        return model.hf_tensors(whole)
     return checkpoint.hf_tensors(_ours(model), whole)
 
 
 def load_hf_tensors(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Copies checkpoint tensors into the model, in its dtypes; ValueError if they are not exactly the model's."""
+    if has_adapters(model):
+        raise ValueError(f"{source}: the model has adapters, and their frozen weights stay as they are; load_checkpoint")
     if isinstance(model, TransformersCausalLM):
         model.load_hf_tensors(tensors, source)
     else:
         checkpoint.load_hf_tensors(_ours(model), tensors, source)
 
 
+def load_checkpoint(model: CausalLM, folder: Path) -> None:
+    """Puts what `write_checkpoint` wrote back into the model it was written from; of one with adapters, those alone."""
+    if has_adapters(model):
+        load_adapter(model, folder / ADAPTER)
+    else:
+        load_hf_tensors(model, checkpoint.read_tensors(folder), source=str(folder))
+
+
 def write_checkpoint(model: CausalLM, folder: Path) -> None:
-    """Writes `config.json` and the weights into an existing folder."""
+    """Writes `config.json` and the weights into an existing folder; of adapters, the merged weights, and themselves in
+    its `adapter/`, as peft does."""
+    if has_adapters(model):
+        (folder / ADAPTER).mkdir()
+        write_adapter(model, folder / ADAPTER)
     if isinstance(model, TransformersCausalLM):
         model.write(folder)
     else:

@@ -103,6 +103,8 @@ class RoutedExperts(nn.Module):
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.low_rank: dict[str, tuple[Tensor, Tensor]] = {}
+        """Parameter -> A [E, in, r] and B [E, r, out], whose product is added to it (lora.py)."""
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum over each token's K experts of weight * expert(x), [T, D].
@@ -118,10 +120,18 @@ class RoutedExperts(nn.Module):
         ends_E = torch.searchsorted(experts_R, experts_E, right=True, out_int32=True)
 
         x_RD = spread_rows(x_TD, tokens_R, rows_TK)
-        gate_up_RF = F.grouped_mm(x_RD, self.gate_up_proj.transpose(1, 2), offs=ends_E)
+        gate_up_RF = self._product(x_RD, "gate_up_proj", ends_E)
         inner_RF = weighted_swiglu(gate_up_RF, take_rows(weights_TK.flatten(), order_R))
-        out_RD = F.grouped_mm(inner_RF, self.down_proj.transpose(1, 2), offs=ends_E)
+        out_RD = self._product(inner_RF, "down_proj", ends_E)
         return collect_rows(out_RD, tokens_R, rows_TK)
+
+    def _product(self, x_RI: Tensor, name: str, ends_E: Tensor) -> Tensor:
+        """Each row times its expert's matrix, [R, in] -> [R, out]; expert e's rows end at ends_E[e]."""
+        out_RO = F.grouped_mm(x_RI, getattr(self, name).transpose(1, 2), offs=ends_E)
+        if name in self.low_rank:
+            down_EIr, up_ErO = self.low_rank[name]
+            out_RO = out_RO + F.grouped_mm(F.grouped_mm(x_RI, down_EIr, offs=ends_E), up_ErO, offs=ends_E)
+        return out_RO
 
     def loop(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The plain twin of `forward`: one expert after the other."""
