@@ -1,6 +1,7 @@
 """Training checkpoints: everything an exact continuation needs, in `checkpoints/step_N/` of a run.
 
-The policy is an ordinary Hugging Face folder inside it; optimizer and counters lie beside it. A checkpoint appears
+The policy is an ordinary Hugging Face folder inside it (merged, with `adapter/` in it, where adapters are trained);
+optimizer and counters lie beside it. A checkpoint appears
 whole or not at all, and the newest one replaces the older ones.
 
     save_checkpoint(run_dir, learner, step=40, rollouts=rollouts.state.to_plain())
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 
 from grpo.learner import Learner
-from models.auto import load_hf_tensors, write_checkpoint
-from models.checkpoint import read_tensors, replace_folder
+from models.auto import restore_checkpoint, write_checkpoint
+from models.checkpoint import replace_folder
 
 _POLICY, _STATE = "policy", "learner.pt"
 
@@ -45,7 +46,7 @@ def load_checkpoint(run_dir: Path, learner: Learner) -> tuple[int, dict[str, Any
     folder = latest_checkpoint(run_dir)
     if folder is None:
         return 0, None
-    load_hf_tensors(learner.model, read_tensors(folder / _POLICY), source=str(folder))
+    restore_checkpoint(learner.model, folder / _POLICY)
     state = torch.load(folder / _STATE, weights_only=True)
     learner.load_state_dict(state["learner"])
     return state["trainer_step"], state["rollouts"]

@@ -21,6 +21,7 @@ from grpo.optimizer import OptimizerName, build_optimizer
 from grpo.schedule import Decay, learning_rate
 from models import CausalLM, ModelOutput, SequenceLayout
 from models.balance import count_experts, load_metrics
+from models.lora import WithoutAdapters, has_adapters
 from models.moe import Routing
 from rollout.weight_source import WeightSource
 
@@ -52,7 +53,7 @@ class LearnerConfig:
     clip_high: float = 0.2
     """Probability ratios above 1 + clip_high get no gradient where the advantage is positive."""
     kl_coef: float = 0.0
-    """Weight of the KL penalty against the initial policy; 0 keeps no copy of it."""
+    """Weight of the KL penalty against the initial policy; 0 keeps no copy of it, nor does LoRA at any weight."""
     kl_estimator: KLEstimator = "k3"
     """How that KL is estimated from sampled tokens."""
     aggregation: Aggregation = "token"
@@ -88,7 +89,7 @@ class Learner:
         self.config = config
         self.total_steps = total_steps
         self.step = 0
-        self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
+        self.reference = _initial_policy(model) if config.kl_coef else None
         betas = (config.adam_beta1, config.adam_beta2)
         self.optimizer = build_optimizer(
             config.optimizer, model.parameters(), lr=config.lr, betas=betas, decay=config.weight_decay
@@ -183,7 +184,9 @@ class Learner:
                 old[place][trained_L] = logprobs_N[batch.samples_N == place]
         return [replace(s, old_logprobs=old_L.tolist()) for s, old_L in zip(samples, old, strict=True)]
 
-    def _logprobs(self, model: CausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _logprobs(
+        self, model: CausalLM | WithoutAdapters, hidden_TD: Tensor, batch: MicroBatch
+    ) -> tuple[Tensor, Tensor]:
         predictors_ND = hidden_TD.index_select(0, batch.predictors_N)
         return token_logprobs(predictors_ND, model.lm_head.weight, batch.targets_N, batch.temperatures_N)
 
@@ -209,6 +212,11 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _initial_policy(model: CausalLM) -> CausalLM | WithoutAdapters:
+    """The policy before training, which stays: a copy, or the frozen weights under the adapters."""
+    return WithoutAdapters(model) if has_adapters(model) else copy.deepcopy(model).requires_grad_(False)
 
 
 class _Meters:

@@ -31,7 +31,9 @@ def build_optimizer(
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if name != "adamw" and any(isinstance(parameter, DTensor) for parameter in trained):
-        raise ValueError(f"optimizer {name!r} does not take sharded parameters; use 'adamw', whose state is sharded, too")
+        raise ValueError(
+            f"optimizer {name!r} does not take sharded parameters; use 'adamw', whose state is sharded, too"
+        )
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},

@@ -11,6 +11,7 @@ the caller's: hidden states times `lm_head.weight`.
 Shapes: T packed tokens, B sequences, S positions, D hidden, V vocabulary.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -132,7 +133,7 @@ class TransformersCausalLM(nn.Module):
 
     def write(self, folder: Path) -> None:
         """Writes the checkpoint into an existing folder, as transformers does."""
-        self._reference[0].save_pretrained(folder, state_dict=dict(self.hf_tensors()))
+        self._reference[0].save_pretrained(folder, state_dict=dict(self.hf_tensors()) if has_adapters(self) else None)
 
     @torch.no_grad()
     def _refuse_by_trial(self) -> None:
@@ -187,27 +188,54 @@ def _refuse_by_config(reference: "PreTrainedModel") -> None:
 
 
 def from_pretrained(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: bool = False,
 ) -> DeepseekV3ForCausalLM | TransformersCausalLM:
     """Our own model if `config.json` names its architecture, else that of transformers behind the same interface.
 
-    Raises FileNotFoundError for a missing file and ValueError for tensors or an architecture that do not fit.
+    With `quantize`, the linear layers of a dense model hold 4 bits per weight, and only adapters can be trained. Raises FileNotFoundError for a missing file and ValueError for tensors or an architecture that do not fit.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: give the folder of a Hugging Face checkpoint")
     if read_model_type(path) in MODEL_TYPES:
+        if quantize:
+            raise ValueError(
+                f"{folder}: 4-bit weights are for dense models only: stacked experts have no such form here"
+            )
         return checkpoint.load_pretrained(folder, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM  # takes seconds to import
 
     load: Any = AutoModelForCausalLM.from_pretrained
     reference, report = load(
-        folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
-    )
+        folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False,
+        **(_four_bits(dtype, device) if quantize else {}),
+    )  # fmt: skip
     # transformers would go on with random weights in place of the missing ones.
     if problems := {key: sorted(map(str, names)) for key, names in report.items() if key.endswith("_keys") and names}:
         raise ValueError(f"{folder}: the tensors do not fit the model: {problems}")
+    if quantize:
+        del reference.config.quantization_config, reference.hf_quantizer  # what is written is dequantized
+        for module in reference.modules():
+            # On some CPUs bitsandbytes repacks weights for a kernel in bfloat16, in passes without gradient alone.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     return TransformersCausalLM(reference.to(device))
+
+
+def _four_bits(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+    """How transformers is asked for NF4 with quantized scales, 4.1 bits per weight, computing in `dtype`."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("4-bit weights need bitsandbytes: pip install 'grpo-toolkit[quantized]'")
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": how, "device_map": {"": device}}
 
 
 def read_model_type(path: Path) -> str | None:
@@ -233,14 +261,16 @@ def hf_tensors(
 def load_hf_tensors(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Copies checkpoint tensors into the model, in its dtypes; ValueError if they are not exactly the model's."""
     if has_adapters(model):
-        raise ValueError(f"{source}: the model has adapters, and their frozen weights stay as they are; load_checkpoint")
+        raise ValueError(
+            f"{source}: the model has adapters, and their frozen weights stay as they are; use restore_checkpoint"
+        )
     if isinstance(model, TransformersCausalLM):
         model.load_hf_tensors(tensors, source)
     else:
         checkpoint.load_hf_tensors(_ours(model), tensors, source)
 
 
-def load_checkpoint(model: CausalLM, folder: Path) -> None:
+def restore_checkpoint(model: CausalLM, folder: Path) -> None:
     """Puts what `write_checkpoint` wrote back into the model it was written from; of one with adapters, those alone."""
     if has_adapters(model):
         load_adapter(model, folder / ADAPTER)

@@ -3,7 +3,8 @@
     grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero
     grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero --resume
 
-The run folder holds config.json, metrics.jsonl, tensorboard/, groups.jsonl, checkpoints/ and at the end model/.
+The run folder holds config.json, metrics.jsonl, tensorboard/, groups.jsonl, checkpoints/ and at the end model/. With
+--lora.rank that is the merged model, and model/adapter/ has the adapters alone.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import from_pretrained
 from models.auto import write_checkpoint
 from models.checkpoint import replace_folder, tensor_shapes
+from models.lora import LoRAConfig, add_lora
 from pipelines.config import flat_fields, read_config, write_config
 from pipelines.console import console, progress_bar
 from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
@@ -61,6 +63,8 @@ class ZeroConfig:
     """The loop."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     """Objective and optimizer."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Low-rank adapters in place of the whole model, if `lora.rank` is set."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The engines that sample."""
 
@@ -146,10 +150,13 @@ def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
 
 
 def build_learner(config: ZeroConfig) -> Learner:
-    """The base checkpoint in training, our model or a dense one of transformers."""
+    """The base checkpoint in training, our model or a dense one of transformers, whole or by adapters."""
     total_steps = config.trainer.steps * config.trainer.minibatches
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model = from_pretrained(config.model, dtype=getattr(torch, config.dtype), device=device)
+    dtype = getattr(torch, config.dtype)
+    model = from_pretrained(config.model, dtype=dtype, device=device, quantize=config.lora.quantize_base)
+    if config.lora.rank:
+        add_lora(model, config.lora, seed=config.trainer.seed)
     return Learner(model, config.learner, total_steps)
 
 

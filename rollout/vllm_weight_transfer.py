@@ -47,10 +47,11 @@ def register_backend() -> None:
             self.loading = True
             # The CPU kernel packs its experts only where no kernel object exists yet; without this reset the
             # reload copies unpacked weights over packed ones and the outputs are silently wrong.
+            self.kernels = {}
             for module in self.model.modules() if self.device.type == "cpu" else ():
                 method = getattr(module, "quant_method", None)
                 if method is not None and hasattr(method, "moe_kernel"):
-                    method.moe_kernel = None
+                    self.kernels[method], method.moe_kernel = method.moe_kernel, None
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -59,6 +60,9 @@ def register_backend() -> None:
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
+            for method, kernel in self.kernels.items():
+                if method.moe_kernel is None:  # its experts were not among what came, and are packed still
+                    method.moe_kernel = kernel
             self.loading = False
 
         def shutdown(self) -> None:

@@ -126,5 +126,7 @@ def test_what_a_killed_process_left_is_ignored(tmp_path: Path) -> None:
 def test_another_model_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, make_learner(), 1, {"place": 7})
     other = Learner(sharp_model(replace(BASE, num_hidden_layers=2)), CONFIG, total_steps=10)
-    with pytest.raises(ValueError, match=r"step_000001: \d+ tensors do not fit the model: unexpected model\.layers\.2"):
+    with pytest.raises(
+        ValueError, match=r"step_000001.policy: \d+ tensors do not fit the model: unexpected model\.layers\.2"
+    ):
         load_checkpoint(tmp_path, other)
