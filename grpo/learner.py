@@ -89,7 +89,7 @@ class Learner:
         self.config = config
         self.total_steps = total_steps
         self.step = 0
-        self.reference = _initial_policy(model) if config.kl_coef else None
+        self.reference: Any = _initial_policy(model) if config.kl_coef else None
         betas = (config.adam_beta1, config.adam_beta2)
         self.optimizer = build_optimizer(
             config.optimizer, model.parameters(), lr=config.lr, betas=betas, decay=config.weight_decay
@@ -184,9 +184,7 @@ class Learner:
                 old[place][trained_L] = logprobs_N[batch.samples_N == place]
         return [replace(s, old_logprobs=old_L.tolist()) for s, old_L in zip(samples, old, strict=True)]
 
-    def _logprobs(
-        self, model: CausalLM | WithoutAdapters, hidden_TD: Tensor, batch: MicroBatch
-    ) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: CausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         predictors_ND = hidden_TD.index_select(0, batch.predictors_N)
         return token_logprobs(predictors_ND, model.lm_head.weight, batch.targets_N, batch.temperatures_N)
 
@@ -214,7 +212,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def _initial_policy(model: CausalLM) -> CausalLM | WithoutAdapters:
+def _initial_policy(model: CausalLM) -> Any:
     """The policy before training, which stays: a copy, or the frozen weights under the adapters."""
     return WithoutAdapters(model) if has_adapters(model) else copy.deepcopy(model).requires_grad_(False)
 

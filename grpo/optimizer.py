@@ -10,6 +10,7 @@ Not taken: torchao's CPUOffloadOptimizer copies gradients while the backward pas
 no effect; bitsandbytes' paged states come back from a checkpoint unpaged.
 """
 
+import importlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -25,9 +26,10 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over those parameters that require a gradient.
 
-    Matrices (and stacks of them) decay, vectors do not: norms' scales and biases have no product with another weight
-    that their size could trade off against, and pulling a scale towards 0 pulls it away from its neutral 1. Raises
-    ImportError without bitsandbytes, and ValueError for sharded parameters where the state would not be sharded.
+    Matrices (and stacks of them) decay, vectors do not, as in GPT-2's and transformers' trainers: decay holds back
+    matrices, which could grow for nothing where a norm takes the growth out again; a norm's scale it would only pull
+    away from its neutral 1. Raises ValueError without bitsandbytes, and for sharded parameters where the state would
+    not be sharded.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if name != "adamw" and any(isinstance(parameter, DTensor) for parameter in trained):
@@ -48,10 +50,9 @@ def build_optimizer(
 
 def _adamw_8bit() -> Any:
     try:
-        from bitsandbytes.optim import AdamW8bit
+        return importlib.import_module("bitsandbytes.optim").AdamW8bit
     except ImportError as error:
-        raise ImportError("optimizer 'adamw_8bit' needs bitsandbytes: pip install 'grpo-toolkit[quantized]'") from error
-    return AdamW8bit
+        raise ValueError("optimizer 'adamw_8bit' needs bitsandbytes: pip install 'grpo-toolkit[quantized]'") from error
 
 
 class OffloadedAdamW(torch.optim.AdamW):

@@ -11,7 +11,6 @@ the caller's: hidden states times `lm_head.weight`.
 Shapes: T packed tokens, B sequences, S positions, D hidden, V vocabulary.
 """
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from models.causal_attention import DENSE_NAME, dense_attention
 from models.config import MODEL_TYPES
 from models.lora import has_adapters, load_adapter, plain_tensors, write_adapter
 from models.packing import SequenceLayout
+from models.quantized import four_bit_arguments, settle
 from models.transformer import DeepseekV3ForCausalLM, ModelOutput, Replay
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ def from_pretrained(
 ) -> DeepseekV3ForCausalLM | TransformersCausalLM:
     """Our own model if `config.json` names its architecture, else that of transformers behind the same interface.
 
-    With `quantize`, the linear layers of a dense model hold 4 bits per weight, and only adapters can be trained. Raises FileNotFoundError for a missing file and ValueError for tensors or an architecture that do not fit.
+    With `quantize`, the linear layers of a dense model hold 4 bits per weight, and only adapters can be trained. Raises
+    FileNotFoundError for a missing file and ValueError for tensors or an architecture that do not fit.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -212,30 +213,14 @@ def from_pretrained(
     load: Any = AutoModelForCausalLM.from_pretrained
     reference, report = load(
         folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False,
-        **(_four_bits(dtype, device) if quantize else {}),
+        **(four_bit_arguments(dtype, device) if quantize else {}),
     )  # fmt: skip
     # transformers would go on with random weights in place of the missing ones.
     if problems := {key: sorted(map(str, names)) for key, names in report.items() if key.endswith("_keys") and names}:
         raise ValueError(f"{folder}: the tensors do not fit the model: {problems}")
     if quantize:
-        del reference.config.quantization_config, reference.hf_quantizer  # what is written is dequantized
-        for module in reference.modules():
-            # On some CPUs bitsandbytes repacks weights for a kernel in bfloat16, in passes without gradient alone.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        settle(reference)
     return TransformersCausalLM(reference.to(device))
-
-
-def _four_bits(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """How transformers is asked for NF4 with quantized scales, 4.1 bits per weight, computing in `dtype`."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("4-bit weights need bitsandbytes: pip install 'grpo-toolkit[quantized]'")
-    from transformers import BitsAndBytesConfig
-
-    how = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    return {"quantization_config": how, "device_map": {"": device}}
 
 
 def read_model_type(path: Path) -> str | None:

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,9 +25,7 @@ from torch import Tensor, nn
 
 from models.decoder_layer import PredictionModule
 from models.moe import RoutedExperts
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
+from models.quantized import dequantized
 
 _ADAPTER = "default"
 _FILE = "adapter_model.safetensors"
@@ -56,16 +54,16 @@ class LoRAConfig:
             raise ValueError("lora.targets and lora.quantize_base need adapters: set lora.rank, 16 for example")
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, seed: int) -> None:
+def add_lora(model: Any, config: LoRAConfig, seed: int) -> None:
     """Freezes the model and puts adapters into it that change nothing yet: A random from `seed`, B zero, float32.
 
-    Raises ValueError for a target that the model does not have, ImportError without peft.
+    Raises ValueError for a target that the model does not have, and without peft.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import ParamWrapper
     except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install 'grpo-toolkit[lora]'") from error
+        raise ValueError("LoRA needs peft: pip install 'grpo-toolkit[lora]'") from error
     adaptable = dict(_adaptable(model))
     kinds = {name.rsplit(".", 1)[-1] for name in adaptable}
     if unknown := sorted(set(config.targets) - kinds):
@@ -132,7 +130,7 @@ def has_adapters(model: object) -> bool:
 
 
 @contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: Any) -> Iterator[None]:
     """Inside, the model computes what its frozen weights alone compute. Not for gradients."""
     layers = list(_layers(model).values())
     for layer in layers:
@@ -170,22 +168,14 @@ def plain_tensors(
     for name, tensor in model.state_dict(keep_vars=True).items():
         if ".lora_" in name or ".weight." in name:  # adapters, and what belongs to a 4-bit weight
             continue
-        name, tensor = name.replace(".base_layer", ""), whole(_dequantized(tensor.detach(), tensor))
+        name, tensor = name.replace(".base_layer", ""), whole(dequantized(tensor))
         if name in layers:
             with torch.no_grad():
                 tensor = (tensor.float() + whole(layers[name].get_delta_weight(_ADAPTER)).float()).to(tensor.dtype)
         yield name, tensor
 
 
-def _dequantized(data: Tensor, parameter: Any) -> Tensor:
-    if getattr(parameter, "quant_state", None) is None:
-        return data
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(data, parameter.quant_state)
-
-
-def _layers(model: nn.Module) -> "dict[str, LoraLayer]":
+def _layers(model: nn.Module) -> dict[str, Any]:
     """Adapted parameter, by its name without adapters -> peft's layer around it."""
     from peft.tuners.lora import LoraLayer
 
@@ -196,7 +186,7 @@ def _layers(model: nn.Module) -> "dict[str, LoraLayer]":
     }
 
 
-def adapted_modules(model: nn.Module) -> set[str]:
+def adapted_modules(model: Any) -> set[str]:
     """Names of the modules that own adapted parameters: `model.layers.0.self_attn.q_proj`, `...mlp.experts`."""
     return {name.rsplit(".", 1)[0] for name in _layers(model)}
 
@@ -208,7 +198,7 @@ def write_adapter(model: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model: Any, folder: Path) -> None:
     """Copies adapters that `write_adapter` wrote into those of the model. Raises ValueError if they do not fit."""
     targets, found = _adapters(model), load_file(folder / _FILE)
     problems = [name for name in targets.keys() | found.keys() if name not in targets or name not in found]
@@ -219,7 +209,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         tensor.copy_(found[name])
 
 
-def _adapters(model: nn.Module) -> dict[str, Tensor]:
+def _adapters(model: Any) -> dict[str, Tensor]:
     """By the names that peft gives them in a file."""
     tensors = model.state_dict().items()
     return {f"base_model.model.{n.replace(f'.{_ADAPTER}.', '.')}": t for n, t in tensors if ".lora_" in n}
