@@ -14,14 +14,16 @@ Shapes: T packed tokens, B sequences, S positions, D hidden, V vocabulary.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from models import checkpoint
 from models.causal_attention import DENSE_NAME, dense_attention
+from models.causal_lm import CausalLM
 from models.config import MODEL_TYPES
+from models.fused import fuse_layers
 from models.lora import has_adapters, load_adapter, plain_tensors, write_adapter
 from models.packing import SequenceLayout
 from models.quantized import four_bit_arguments, settle
@@ -29,45 +31,11 @@ from models.transformer import DeepseekV3ForCausalLM, ModelOutput, Replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 ADAPTER = "adapter"
 """Folder of the adapters alone, inside that of the merged checkpoint."""
-
-
-class HasVocabulary(Protocol):
-    @property
-    def vocab_size(self) -> int: ...
-
-
-class CausalLM(Protocol):
-    """What training and scoring need of a model."""
-
-    @property
-    def config(self) -> HasVocabulary: ...
-
-    @property
-    def lm_head(self) -> nn.Linear:
-        """Its weight [V, D], tied or not, turns hidden states into logits; no bias."""
-        ...
-
-    def __call__(self, ids_T: Tensor, layout: SequenceLayout, *, replay: Replay | None = None) -> ModelOutput:
-        """Packed token ids -> hidden states after the final norm, and the routing, empty without experts."""
-        ...
-
-    def routers(self) -> Mapping[int, nn.Module]:
-        """Layer -> router, for the layers that have experts, in order."""
-        ...
-
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Equally long sequences [B, S] -> logits [B, S, V]."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
 
 
 class TransformersCausalLM(nn.Module):
@@ -90,6 +58,24 @@ class TransformersCausalLM(nn.Module):
         # In a tuple, so that its modules are not registered twice; saving is its work.
         self._reference = (reference.eval(),)
         self._refuse_by_trial()
+        if self.lm_head.weight.is_cuda and all(p.is_floating_point() for p in self.parameters()):  # not in 4 bits
+            self.fuse_layers()
+
+    def fuse_layers(self) -> None:
+        """Compiles the decoder layers, at their first use (half a minute); done by itself on CUDA."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(DENSE_NAME, fuse_layers(self._layers(), dense_attention))
+
+    def checkpoint_layers(self) -> None:
+        self._reference[0].gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in self._layers():
+            layer.training = True  # transformers asks for it; dropout is in the modules below, and stays off
+
+    def _layers(self) -> "list[GradientCheckpointingLayer]":
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def forward(self, ids_T: Tensor, layout: SequenceLayout, *, replay: Replay | None = None) -> ModelOutput:
         """Packed token ids [T] -> final hidden states; nothing is routed."""
@@ -279,6 +265,14 @@ def save_pretrained(model: CausalLM, folder: str | Path) -> None:
     """Writes a checkpoint that transformers and vLLM load; an existing folder is replaced whole, or not at all."""
     with checkpoint.replace_folder(folder) as fresh:
         write_checkpoint(model, fresh)
+
+
+def checkpoint_layers(model: CausalLM) -> None:
+    """From now on the backward pass computes each layer's activations again: a third more work, for long sequences."""
+    if isinstance(model, TransformersCausalLM):
+        model.checkpoint_layers()
+    else:
+        _ours(model).model.checkpoint_layers = True
 
 
 def _ours(model: CausalLM) -> DeepseekV3ForCausalLM:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.learner import Learner, LearnerConfig
 from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import from_pretrained
-from models.auto import write_checkpoint
+from models.auto import checkpoint_layers, write_checkpoint
 from models.checkpoint import replace_folder, tensor_shapes
 from models.lora import LoRAConfig, add_lora
 from pipelines.config import flat_fields, read_config, write_config
@@ -57,6 +57,9 @@ class ZeroConfig:
     """Where the learner works; `auto` takes a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the learner's weights, gradients and optimizer state."""
+    checkpoint_layers: bool = False
+    """Compute each layer's activations again in the backward pass: a third more work, far less memory; for sequences of
+    tens of thousands of tokens."""
     num_threads: int = 1
     """CPU threads of the learner; a second one pays for larger models and on idle cores only."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -155,6 +158,8 @@ def build_learner(config: ZeroConfig) -> Learner:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.dtype)
     model = from_pretrained(config.model, dtype=dtype, device=device, quantize=config.lora.quantize_base)
+    if config.checkpoint_layers:
+        checkpoint_layers(model)
     if config.lora.rank:
         add_lora(model, config.lora, seed=config.trainer.seed)
     return Learner(model, config.learner, total_steps)

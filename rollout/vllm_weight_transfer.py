@@ -18,7 +18,7 @@ def _take_expert_kernels(model: Any) -> dict[Any, Any]:
     On CPU experts are packed only where no kernel object exists yet; with one, a reload would copy unpacked weights
     over packed ones, and the outputs would be silently wrong.
     """
-    methods = {getattr(module, "quant_method", None) for module in model.modules()}
+    methods: set[Any] = {getattr(module, "quant_method", None) for module in model.modules()}
     kernels = {method: method.moe_kernel for method in methods if hasattr(method, "moe_kernel")}
     for method in kernels:
         method.moe_kernel = None
