@@ -1,7 +1,7 @@
 """The learner's optimization step beside TRL's and a plain loop over transformers, in one run, on the same samples.
 
     python -m bench.learner --device cuda --out learner                        # all shapes and systems
-    python -m bench.learner --device cuda --shapes dense --long 32768          # one sample of 32k tokens
+    python -m bench.learner --device cuda --shapes dense --long 32768          # 32k tokens, layers recomputed
     python -m bench.learner --tiny                                             # CPU, seconds
 
 Each system runs in a process of its own, one after the other, from the same checkpoint of random weights; one that
@@ -144,7 +144,8 @@ def run_part(options: Namespace, shape: str, system: str, folder: Path) -> dict[
         timer.cancel()
     if "seconds" not in result:
         reason = f"exit status {process.returncode}" if in_time else f"stopped after {options.limit:.0f} s"
-        result["error"] = f"{reason}: {''.join(tail)[-2000:]}"
+        result |= {"error": f"{reason}; last: {tail[-1].strip() if tail else 'nothing'}", "tail": tail}
+        print("".join(tail), flush=True)
     return result
 
 
@@ -153,7 +154,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
     print(f"\n{'':20}{'tokens/s':>10}{'s/step':>9}{'MFU':>8}{'peak GiB':>10}{'grad norm':>11}{'speed':>8}{'memory':>8}")
     for name, row in results.items():
         if "error" in row:
-            print(f"{name:20}{row['error'].splitlines()[0][:90]}")
+            print(f"{name:20}{row['error'][:110]}")
             continue
         base = results.get(f"{name.split()[0]} trl", {})
         against = f"{row['tokens_per_s'] / base['tokens_per_s']:.2f}x" if "tokens_per_s" in base else "-"
@@ -181,7 +182,7 @@ def parse() -> Namespace:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--median", type=int, default=512, help="of the completions' lengths")
     parser.add_argument("--longest", type=int, default=4096, help="prompt and completion together")
-    parser.add_argument("--long", type=int, default=0, help="instead: one sample of so many tokens, layers recomputed")
+    parser.add_argument("--long", type=int, default=0, help="instead: two samples of so many tokens, one at a time")
     parser.add_argument("--batch", type=int, default=16, help="TRL and plain: samples in a micro-batch")
     parser.add_argument("--token-budget", type=int, default=32768, help="ours: tokens in a micro-batch")
     parser.add_argument("--steps", type=int, default=6)
@@ -197,7 +198,7 @@ def parse() -> Namespace:
     if options.tiny:
         options.samples, options.median, options.longest, options.batch, options.token_budget = 16, 24, 96, 4, 512
     if options.long:
-        options.samples, options.batch, options.steps = 1, 1, min(options.steps, 4)
+        options.samples, options.batch, options.steps = 2, 1, min(options.steps, 4)
     return options
 
 

@@ -33,7 +33,7 @@ class Given:
 
 def make_samples(options: argparse.Namespace, vocabulary: int) -> list[Given]:
     """Prompts of 32 to 128 tokens; completions log-normal: median `options.median`, sigma 0.8 (so the mean is 1.4 times
-    the median, and 1 in 20 longer than 3.7 times), cut off at `options.longest`. With `--long`, one of that length."""
+    the median, and 1 in 20 longer than 3.7 times), cut off at `options.longest`. With `--long`, two of that length."""
     rng = random.Random(0)
     lengths = [round(options.median * rng.lognormvariate(0, 0.8)) for _ in range(options.samples)]
     lengths = [options.long - 64] * options.samples if options.long else lengths
