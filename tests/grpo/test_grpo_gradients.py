@@ -181,7 +181,10 @@ def test_two_updates_equal_a_plain_computation(aggregation: Aggregation, tmp_pat
     )  # fmt: skip
     learner = Learner(model, config, total_steps=10)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.8, 0.95), weight_decay=0.1)
+    matrices = [p for p in policy.parameters() if p.dim() > 1]
+    vectors = [p for p in policy.parameters() if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.95), weight_decay=0.1)
     for step, lr in enumerate([1e-3, 2e-3]):
         samples = make_samples(model, seed=step)
         report = learner.update(samples)
@@ -191,7 +194,8 @@ def test_two_updates_equal_a_plain_computation(aggregation: Aggregation, tmp_pat
         assert norm > 1, "the gradient is too small to be clipped"
         for parameter in policy.parameters():
             parameter.grad *= 0.5 / norm
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
     expected = dict(policy.named_parameters())
