@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from grpo.batch import TrainingSample, pack
+from grpo.batch import TrainingSample
 from grpo.logprobs import token_logprobs
 from grpo.mismatch import MismatchMeter
+from grpo.packing import pack
 from models import DeepseekV3Config, SequenceLayout, find_config, load_pretrained, save_pretrained
 from models.allocate import build_model
 from rollout.engine import EngineConfig, build_engine

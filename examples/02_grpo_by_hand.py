@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 
 from grpo.advantages import group_advantages
 from grpo.batch import TrainingSample
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from models import DeepseekV3Config, DeepseekV3ForCausalLM, hf_tensors, save_pretrained
 from rollout.engine import EngineConfig
 from rollout.native_engine import NativeEngine

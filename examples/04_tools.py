@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 
 from grpo.advantages import AdvantageConfig
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.samples import build_samples, score_groups
 from models import DeepseekV3Config, DeepseekV3ForCausalLM, hf_tensors, save_pretrained
 from rewards import Rubric, Sample, reward

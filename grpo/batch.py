@@ -1,15 +1,10 @@
-"""Training samples and how they are packed into micro-batches of tensors.
-
-Each token's loss weight is divided by the denominator of the whole global batch before packing, so the gradient does
-not depend on how samples fall into micro-batches or ranks.
+"""Training samples, and the micro-batches of tensors that they are packed into (packing.py).
 
 Shapes: T packed tokens, N trained tokens (those with a loss), L layers with experts, K experts per token; for a list,
 L is the tokens of one sample.
-
-    micro_batches = pack(samples, token_budget=8192, aggregation="token")
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,6 +64,11 @@ class TrainingSample:
         assert rows == len(self.token_ids) - 1, (
             f"experts of {rows} tokens for {len(self.token_ids)}; the last never ran"
         )
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """What stands before the first trained token."""
+        return tuple(self.token_ids[: self.loss_mask.index(True)])
 
     @property
     def num_trained(self) -> int:
@@ -139,86 +139,7 @@ class MicroBatch:
         return moved(self, device)
 
 
-def pack(
-    samples: Sequence[TrainingSample],
-    token_budget: int,
-    aggregation: Aggregation,
-    constant_length: int = 0,
-    totals: BatchTotals | None = None,
-) -> list[MicroBatch]:
-    """Splits a global batch into micro-batches of at most `token_budget` tokens.
-
-    `constant_length` is what aggregation "constant" divides by. `totals` are those of the global batch where `samples`
-    are a part of it. Samples are laid out longest first, so that a micro-batch holds samples of similar length. Raises
-    ValueError if one sample alone exceeds the budget, or if nothing is to be trained.
-    """
-    return pack_for_ranks(
-        samples, token_budget, aggregation, constant_length, totals, num_ranks=1, quadratic_at=1
-    )[0]  # fmt: skip
-
-
-def pack_for_ranks(
-    samples: Sequence[TrainingSample],
-    token_budget: int,
-    aggregation: Aggregation,
-    constant_length: int = 0,
-    totals: BatchTotals | None = None,
-    *,
-    num_ranks: int,
-    quadratic_at: int,
-) -> list[list[MicroBatch]]:
-    """The same for several ranks, which work in step: equally many micro-batches for each, their n-th of similar cost.
-
-    A sample of L tokens costs L (1 + L / quadratic_at): at that length attention costs as much as all the rest. Loss
-    weights come from the whole batch. Where samples are too few, a rank gets micro-batches without trained tokens.
-    """
-    totals = totals or BatchTotals.of(samples)
-    places = [place for place, sample in enumerate(samples) if sample.num_trained]
-    if not places:
-        raise ValueError("no sample has a token to train")
-    lengths = {place: len(samples[place].token_ids) for place in places}
-    if max(lengths.values()) > token_budget:
-        raise ValueError(
-            f"a sample of {max(lengths.values())} tokens exceeds token_budget={token_budget}; raise the budget"
-        )
-    weights = {place: _token_weight(samples[place], aggregation, constant_length, totals) for place in places}
-    weight_sum = totals.tokens / (totals.samples * constant_length) if aggregation == "constant" else 1.0
-    nothing = TrainingSample(token_ids=[0], loss_mask=[False], sampling_logprobs=[0.0])
-    idle = _build([nothing], [0.0], [0], weight_sum, totals)
-    batches: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
-    for of_round in _rounds(lengths, token_budget, num_ranks, quadratic_at):
-        for rank, group in enumerate(of_round):
-            mine = [samples[i] for i in group], [weights[i] for i in group], group
-            batches[rank].append(_build(*mine, weight_sum, totals) if group else idle)
-    return batches
-
-
-def _rounds(lengths: dict[int, int], token_budget: int, num_ranks: int, quadratic_at: int) -> Iterator[list[list[int]]]:
-    """The places of each rank's next micro-batch: the longest sample left goes to the rank with the least to do, until
-    one does not fit there."""
-    groups: list[list[int]] = [[] for _ in range(num_ranks)]
-    tokens, costs = [0] * num_ranks, [0.0] * num_ranks
-    for place in sorted(lengths, key=lambda place: -lengths[place]):
-        length, rank = lengths[place], min(range(num_ranks), key=costs.__getitem__)
-        if tokens[rank] + length > token_budget:
-            yield groups
-            groups, rank = [[] for _ in range(num_ranks)], 0
-            tokens, costs = [0] * num_ranks, [0.0] * num_ranks
-        groups[rank].append(place)
-        tokens[rank] += length
-        costs[rank] += length * (1 + length / quadratic_at)
-    yield groups
-
-
-def _token_weight(sample: TrainingSample, aggregation: Aggregation, constant_length: int, totals: BatchTotals) -> float:
-    """The weight of each trained token of a sample."""
-    if aggregation == "token":
-        return 1 / totals.tokens
-    assert aggregation == "sequence" or constant_length > 0, f"constant_length={constant_length} divides nothing"
-    return 1 / (totals.samples * (sample.num_trained if aggregation == "sequence" else constant_length))
-
-
-def _build(
+def build_micro_batch(
     samples: Sequence[TrainingSample],
     weights: Sequence[float],
     places: Sequence[int],

@@ -1,6 +1,7 @@
 """Training checkpoints: everything an exact continuation needs, in `checkpoints/step_N/` of a run.
 
-    policy/         the policy as others read it, an ordinary Hugging Face folder
+    policy/         the policy as others read it, an ordinary Hugging Face folder; adapters are merged
+                    in it, and alone in its `adapter/`
     learner/        weights, optimizer, place in the schedule, past gradient norms, reference model: in pieces that any
                     number of ranks can read
     trainer.pt      finished steps, where sampling stands (data cursor, groups in flight), random number generators

@@ -6,7 +6,7 @@ report = learner.update(samples)
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,68 +15,24 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from grpo import learner_state
-from grpo.batch import MicroBatch, TrainingSample, pack_for_ranks
-from grpo.corrections import CorrectionConfig
+from grpo.batch import MicroBatch, TrainingSample
+from grpo.learner_config import LearnerConfig
 from grpo.learner_state import module_of
 from grpo.logprobs import token_logprobs
 from grpo.losses import kl_penalty
 from grpo.meters import Meters
-from grpo.objective import ObjectiveConfig, entropy_threshold_of, objective_terms
-from grpo.schedule import Decay, learning_rate
+from grpo.objective import entropy_threshold_of, objective_terms
+from grpo.optimizer import build_optimizer
+from grpo.packing import pack_for_ranks
+from grpo.schedule import learning_rate
 from grpo.step_guard import StepGuard, TokenTerm
 from models import CausalLM, ModelOutput, SequenceLayout
-from models.parallel import ALONE, Alone, by_mesh, clip_gradients, gradient_norm, release
+from models.lora import WithoutAdapters, has_adapters
+from models.parallel import ALONE, Alone, clip_gradients, gradient_norm, release
 from rollout.weight_source import WeightSource
 
 _BY_PARAMETER = StateDictOptions(flatten_optimizer_state_dict=True)  # groups differ between meshes
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerConfig:
-    """Objective and optimizer."""
-
-    lr: float = 1e-6
-    """Peak learning rate of AdamW."""
-    warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises."""
-    lr_decay: Decay = "constant"
-    """What the learning rate does after the warm-up."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    adam_beta1: float = 0.9
-    """Decay of AdamW's mean of gradients."""
-    adam_beta2: float = 0.999
-    """Decay of AdamW's mean of squared gradients."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm; larger ones are scaled down to it."""
-    skip_norm: float = 0.0
-    """A step is skipped if its gradient norm exceeds this many times the median of the last 100; 0 for no limit. One
-    whose norm is not finite is always skipped."""
-    max_skipped_steps: int = 3
-    """Optimizer steps that may be skipped in a row; one more ends the run."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """What an optimizer step minimizes."""
-    token_budget: int = 8192
-    """Tokens in one micro-batch; bounds memory, does not change the gradient."""
-    replay_experts: bool = True
-    """Use the experts that the sampler recorded (arXiv:2510.11370); rows without a recording choose for themselves."""
-    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    """Importance weights and masks for samples of another policy than the learner's."""
-
-    def __post_init__(self) -> None:
-        if not self.lr >= 0:
-            raise ValueError(f"lr must be >= 0, got {self.lr}")
-        if not self.grad_clip > 0:
-            raise ValueError(f"grad_clip must be > 0, got {self.grad_clip}; inf turns clipping off")
-        if not (self.skip_norm == 0 or self.skip_norm > 1) or self.max_skipped_steps < 0:
-            raise ValueError(
-                "need skip_norm > 1 or 0 for none, and max_skipped_steps >= 0, got "
-                f"{self.skip_norm} and {self.max_skipped_steps}"
-            )
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
-        if self.token_budget < 1:
-            raise ValueError(f"token_budget must be >= 1, got {self.token_budget}")
+_OPTIMIZER = "optimizer.pt"
 
 
 class Learner:
@@ -92,18 +48,22 @@ class Learner:
         self.config, self.total_steps, self.mesh = config, total_steps, mesh
         self.step = 0
         self.guard = StepGuard(config.skip_norm, config.max_skipped_steps)
-        has_reference = config.objective.kl_coef > 0
-        self.reference = mesh.shard(copy.deepcopy(model).requires_grad_(False)) if has_reference else None
+        if has_adapters(model) and config.objective.reference_every:
+            raise ValueError("reference_every needs a reference of its own, and with LoRA that is the frozen weights")
+        self.reference: Any = self._initial_policy(model) if config.objective.kl_coef else None
         self.model = mesh.shard(model)
         self.expert_counts: dict[int, Tensor] = {}
         """Layer -> [E] tokens of the last update for each expert, of all ranks and on all of them."""
-        self.optimizer = torch.optim.AdamW(
-            by_mesh(self.model.parameters()),
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
+        betas = (config.adam_beta1, config.adam_beta2)
+        self.optimizer = build_optimizer(
+            config.optimizer, self.model.parameters(), lr=config.lr, betas=betas, decay=config.weight_decay
         )
+
+    def _initial_policy(self, model: CausalLM) -> Any:
+        """The policy before training, which stays: a copy, or the frozen weights under the adapters."""
+        if has_adapters(model):
+            return WithoutAdapters(model)
+        return self.mesh.shard(copy.deepcopy(model).requires_grad_(False))
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +116,7 @@ class Learner:
         parts = pack_for_ranks(
             samples, self.config.token_budget, objective.aggregation, objective.constant_length,
             num_ranks=self.mesh.size, quadratic_at=12 * self.model.lm_head.in_features,
+            share_prompts=self.config.share_prompts and self.model.shares_beginnings,
         )  # fmt: skip
         return self.mesh.scatter(parts)
 
@@ -271,27 +232,45 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs beside the model's weights; sharded as they are."""
-        optimizer = get_optimizer_state_dict(module_of(self.model), self.optimizer, options=_BY_PARAMETER)
-        state = {"step": self.step, "optimizer": optimizer, "guard": self.guard.state_dict()}
-        if self.reference is not None:
-            state["reference"] = module_of(self.reference).state_dict()
+        state = {"step": self.step, "guard": self.guard.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self._has_common_optimizer:
+            optimizer = get_optimizer_state_dict(module_of(self.model), self.optimizer, options=_BY_PARAMETER)
+            state["optimizer"] = optimizer
+        if isinstance(self.reference, torch.nn.Module):
+            state["reference"] = self.reference.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        set_optimizer_state_dict(module_of(self.model), self.optimizer, state["optimizer"], options=_BY_PARAMETER)
         self.guard.load_state_dict(state["guard"])
-        if self.reference is not None:
-            module_of(self.reference).load_state_dict(state["reference"])
+        if self._has_common_optimizer:
+            set_optimizer_state_dict(module_of(self.model), self.optimizer, state["optimizer"], options=_BY_PARAMETER)
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if "reference" in state:
+            self.reference.load_state_dict(state["reference"])
+
+    @property
+    def _has_common_optimizer(self) -> bool:
+        """Whether its state is a tensor beside each parameter, which any number of ranks can share."""
+        return self.config.optimizer == "adamw"
 
     def save(self, folder: Path) -> None:
         """Writes all that an exact continuation needs into an existing folder, for any number of ranks."""
-        learner_state.save(self.model, self.state_dict(), folder, self.mesh)
+        state = self.state_dict()
+        if not self._has_common_optimizer:
+            with (folder / _OPTIMIZER).open("wb") as file:  # torch's own writer would not say that the disk is full
+                torch.save(state.pop("optimizer"), file)
+        learner_state.save(self.model, state, folder, self.mesh)
 
     def load(self, folder: Path) -> None:
         """The opposite of `save`."""
         state = self.state_dict()
+        if not self._has_common_optimizer:
+            del state["optimizer"]
         learner_state.load(self.model, state, folder, self.mesh)
+        if not self._has_common_optimizer:
+            state["optimizer"] = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
         self.load_state_dict(state)
 
     def write_policy(self, folder: Path) -> None:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from grpo.batch import TrainingSample
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from models import CausalLM
 from models.parallel import TIMEOUT, Mesh
 
@@ -120,6 +121,10 @@ class GatheredWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self._group.gather_weights()
+
+    def snapshot(self) -> list[tuple[str, Tensor]]:
+        """The same weights as they are now."""
+        return [(name, tensor.clone()) for name, tensor in self]
 
 
 def serve(learner: Learner) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from models import CausalLM, hf_tensors
 from models.auto import write_checkpoint
+from models.lora import has_adapters
 from models.parallel import Alone, whole
 from models.shards import refuse
 
@@ -28,13 +29,13 @@ def save(model: CausalLM, state: dict[str, Any], folder: Path, mesh: Alone) -> N
     """Writes the weights, in their own dtype, and `state` into an existing folder that every rank sees. Raises what
     failed on one of the ranks, OSError with ENOSPC if the disk is full."""
     with _plain_errors():
-        dcp.save({_MODEL: module_of(model).state_dict(), **state}, checkpoint_id=mesh.broadcast(folder))
+        dcp.save({_MODEL: _weights(model), **state}, checkpoint_id=mesh.broadcast(folder))
 
 
 def load(model: CausalLM, state: dict[str, Any], folder: Path, mesh: Alone) -> None:
     """Reads what `save` wrote into the model and into `state`, whose tensors say how they are sharded now. Raises
     ValueError if the weights are not exactly the model's."""
-    weights, folder = module_of(model).state_dict(), mesh.broadcast(folder)
+    weights, folder = _weights(model), mesh.broadcast(folder)
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     shapes = {name.removeprefix(f"{_MODEL}."): x.size for name, x in stored.items() if name.startswith(f"{_MODEL}.")}
     problems = [f"unexpected {name}" for name in shapes if name not in weights]
@@ -48,8 +49,14 @@ def load(model: CausalLM, state: dict[str, Any], folder: Path, mesh: Alone) -> N
     saved = {_MODEL: weights, **state}
     with _plain_errors():
         dcp.load(saved, checkpoint_id=folder)
-    module_of(model).load_state_dict(weights)
+    module_of(model).load_state_dict(weights, strict=not has_adapters(model))
     state.update({name: saved[name] for name in state})
+
+
+def _weights(model: CausalLM) -> dict[str, Any]:
+    """Of a model with adapters these alone: what is frozen under them stays where it came from."""
+    tensors = module_of(model).state_dict()
+    return {name: t for name, t in tensors.items() if ".lora_" in name} if has_adapters(model) else tensors
 
 
 @contextlib.contextmanager

@@ -28,7 +28,6 @@ from grpo.step_guard import StepsSkippedError
 from grpo.step_report import batch_metrics, group_rows
 from models.checkpoint import flush_to_disk, is_disk_full
 from rewards import Rubric, Score
-from rollout.engine import WeightStream
 from rollout.pool import EnginePool
 from rollout.prompts import PromptSource
 from rollout.sample import CompletionGroup, SamplingParams
@@ -249,11 +248,11 @@ class GRPOTrainer:
 
     def sync(self, version: int, probe_every: int) -> float | None:
         """Gives the engines the learner's weights; what they were sampling goes on with these."""
-        weights: WeightStream = self.learner.named_weights()
+        weights = self.learner.named_weights()
         with _Clock(self._seconds, "sync"):
             if self.config.rollout.overlap:
                 # An engine that is replaced while the learner works gets these, not what the learner has by then.
-                weights = [(name, tensor.clone()) for name, tensor in weights]
+                weights = weights.snapshot()
             with self.rollouts.paused():
                 drift = push_weights(
                     self.pool, weights, version, self.probe, self.learner.score, self.config.probe_limit, probe_every

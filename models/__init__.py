@@ -9,7 +9,6 @@ Imports nothing else of this project.
 
 from models.allocate import build_model
 from models.auto import (
-    CausalLM,
     TransformersCausalLM,
     from_pretrained,
     hf_tensors,
@@ -17,6 +16,7 @@ from models.auto import (
     save_pretrained,
 )
 from models.cache import LatentCache
+from models.causal_lm import CausalLM
 from models.checkpoint import load_pretrained
 from models.config import DeepseekV3Config, RopeParameters
 from models.packing import SequenceLayout

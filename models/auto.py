@@ -14,58 +14,28 @@ Shapes: T packed tokens, B sequences, S positions, D hidden, V vocabulary.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from models import checkpoint
 from models.causal_attention import DENSE_NAME, dense_attention
+from models.causal_lm import CausalLM
 from models.config import MODEL_TYPES
+from models.fused import fuse_layers
+from models.lora import has_adapters, plain_tensors, write_adapter
 from models.packing import SequenceLayout
+from models.quantized import four_bit_arguments, settle
 from models.transformer import DeepseekV3ForCausalLM, ModelOutput, Replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-class HasVocabulary(Protocol):
-    @property
-    def vocab_size(self) -> int: ...
-
-
-class CausalLM(Protocol):
-    """What training and scoring need of a model."""
-
-    @property
-    def config(self) -> HasVocabulary: ...
-
-    @property
-    def lm_head(self) -> nn.Linear:
-        """Its weight [V, D], tied or not, turns hidden states into logits; no bias."""
-        ...
-
-    def __call__(self, ids_T: Tensor, layout: SequenceLayout, *, replay: Replay | None = None) -> ModelOutput:
-        """Packed token ids -> hidden states after the final norm, and the routing, empty without experts."""
-        ...
-
-    def routers(self) -> Mapping[int, nn.Module]:
-        """Layer -> router, for the layers that have experts, in order."""
-        ...
-
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Equally long sequences [B, S] -> logits [B, S, V]."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+ADAPTER = "adapter"
+"""Folder of the adapters alone, inside that of the merged checkpoint."""
 
 
 class TransformersCausalLM(nn.Module):
@@ -88,12 +58,35 @@ class TransformersCausalLM(nn.Module):
         # In a tuple, so that its modules are not registered twice; saving is its work.
         self._reference = (reference.eval(),)
         self._refuse_by_trial()
+        if self.lm_head.weight.is_cuda and all(p.is_floating_point() for p in self.parameters()):  # not in 4 bits
+            self.fuse_layers()
+
+    def fuse_layers(self) -> None:
+        """Compiles the decoder layers, at their first use (half a minute); done by itself on CUDA."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(DENSE_NAME, fuse_layers(self._layers(), dense_attention))
+
+    def checkpoint_layers(self) -> None:
+        self._reference[0].gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in self._layers():
+            layer.training = True  # transformers asks for it; dropout is in the modules below, and stays off
+
+    def _layers(self) -> "list[GradientCheckpointingLayer]":
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    @property
+    def shares_beginnings(self) -> bool:
+        return self.config._attn_implementation == DENSE_NAME
 
     def forward(self, ids_T: Tensor, layout: SequenceLayout, *, replay: Replay | None = None) -> ModelOutput:
         """Packed token ids [T] -> final hidden states; nothing is routed."""
         assert not replay, f"a dense model has no experts to replay, got those of layers {sorted(replay or ())}"
         base = getattr(self, self._base_name)
-        extra = {"layout": layout} if self.config._attn_implementation == DENSE_NAME else {}
+        assert self.shares_beginnings or layout.in_sequences is None, "transformers' attention sees no shared tokens"
+        extra = {"layout": layout} if self.shares_beginnings else {}
         output = base(input_ids=ids_T[None], position_ids=layout.positions_T[None], use_cache=False, **extra)
         return ModelOutput(hidden_TD=output.last_hidden_state[0], routing={})
 
@@ -106,12 +99,12 @@ class TransformersCausalLM(nn.Module):
     def routers(self) -> Mapping[int, nn.Module]:
         return {}
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, detached, under its name in transformers; a tied head is not named again.
 
         For Qwen, Llama, Gemma and most others that is the name in the checkpoint, too.
         """
-        for name, tensor in self.state_dict().items():
+        for name, tensor in plain_tensors(self, whole):
             if not (name == "lm_head.weight" and self.config.tie_word_embeddings):
                 yield name, tensor
 
@@ -131,7 +124,7 @@ class TransformersCausalLM(nn.Module):
 
     def write(self, folder: Path, whole: Callable[[Tensor], Tensor]) -> None:
         """Writes the checkpoint into an existing folder, as transformers does; all of it in main memory at once."""
-        tensors = {name: whole(tensor).cpu() for name, tensor in self.hf_tensors()}
+        tensors = {name: tensor.cpu() for name, tensor in self.hf_tensors(whole)}
         self._reference[0].save_pretrained(folder, state_dict=tensors)
 
     @torch.no_grad()
@@ -187,26 +180,38 @@ def _refuse_by_config(reference: "PreTrainedModel") -> None:
 
 
 def from_pretrained(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: bool = False,
 ) -> DeepseekV3ForCausalLM | TransformersCausalLM:
     """Our own model if `config.json` names its architecture, else that of transformers behind the same interface.
 
-    Raises FileNotFoundError for a missing file and ValueError for tensors or an architecture that do not fit.
+    With `quantize`, the linear layers of a dense model hold 4 bits per weight, and only adapters can be trained. Raises
+    FileNotFoundError for a missing file and ValueError for tensors or an architecture that do not fit.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: give the folder of a Hugging Face checkpoint")
     if read_model_type(path) in MODEL_TYPES:
+        if quantize:
+            raise ValueError(
+                f"{folder}: 4-bit weights are for dense models only: stacked experts have no such form here"
+            )
         return checkpoint.load_pretrained(folder, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM  # takes seconds to import
 
     load: Any = AutoModelForCausalLM.from_pretrained
     reference, report = load(
-        folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
-    )
+        folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False,
+        **(four_bit_arguments(dtype, device) if quantize else {}),
+    )  # fmt: skip
     # transformers would go on with random weights in place of the missing ones.
     if problems := {key: sorted(map(str, names)) for key, names in report.items() if key.endswith("_keys") and names}:
         raise ValueError(f"{folder}: the tensors do not fit the model: {problems}")
+    if quantize:
+        settle(reference)
     return TransformersCausalLM(reference.to(device))
 
 
@@ -221,14 +226,21 @@ def read_model_type(path: Path) -> str | None:
 def hf_tensors(
     model: CausalLM, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its checkpoint name, detached views of the parameters; `whole` gathers a sharded one."""
+    """Every tensor under its checkpoint name, detached views of the parameters; `whole` gathers a sharded one.
+
+    Of a model with adapters it is what a model without them would hold, merged a tensor at a time into copies.
+    """
     if isinstance(model, TransformersCausalLM):
-        return ((name, whole(tensor)) for name, tensor in model.hf_tensors())
+        return model.hf_tensors(whole)
     return checkpoint.hf_tensors(_ours(model), whole)
 
 
 def load_hf_tensors(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Copies checkpoint tensors into the model, in its dtypes; ValueError if they are not exactly the model's."""
+    if has_adapters(model):
+        raise ValueError(
+            f"{source}: the model has adapters, and their frozen weights stay as they are; load them before add_lora"
+        )
     if isinstance(model, TransformersCausalLM):
         model.load_hf_tensors(tensors, source)
     else:
@@ -236,7 +248,11 @@ def load_hf_tensors(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], sour
 
 
 def write_checkpoint(model: CausalLM, folder: Path, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
-    """Writes `config.json` and the weights into an existing folder; `whole` gathers a sharded one."""
+    """Writes `config.json` and the weights into an existing folder; of adapters, the merged weights, and themselves in
+    its `adapter/`, as peft does. `whole` gathers a sharded tensor."""
+    if has_adapters(model):
+        (folder / ADAPTER).mkdir()
+        write_adapter(model, folder / ADAPTER)
     if isinstance(model, TransformersCausalLM):
         model.write(folder, whole)
     else:
@@ -247,6 +263,14 @@ def save_pretrained(model: CausalLM, folder: str | Path) -> None:
     """Writes a checkpoint that transformers and vLLM load; an existing folder is replaced whole, or not at all."""
     with checkpoint.replace_folder(folder) as fresh:
         write_checkpoint(model, fresh)
+
+
+def checkpoint_layers(model: CausalLM) -> None:
+    """From now on the backward pass computes each layer's activations again: a third more work, for long sequences."""
+    if isinstance(model, TransformersCausalLM):
+        model.checkpoint_layers()
+    else:
+        _ours(model).model.checkpoint_layers = True
 
 
 def _ours(model: CausalLM) -> DeepseekV3ForCausalLM:

@@ -25,6 +25,7 @@ from torch import Tensor
 from models.allocate import allocate, skeleton
 from models.config import DeepseekV3Config, ScaleFormat
 from models.fp8 import quantization_config, quantize_tensors, read_weight, weight_names
+from models.lora import plain_tensors
 from models.mtp import shared_copies
 from models.shards import DEFAULT_SHARD_BYTES, TensorFiles, refuse, write_shards
 from models.transformer import DeepseekV3ForCausalLM
@@ -37,12 +38,11 @@ def hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its checkpoint name, layer by layer, detached views of the parameters; experts are split.
 
-    `whole` gathers a parameter that is sharded, before its experts are split.
+    `whole` gathers a parameter that is sharded, before its experts are split. Adapters are merged, into copies.
     """
-    for name, parameter in model.state_dict().items():
+    for name, tensor in plain_tensors(model, whole):
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        tensor = whole(parameter)
         if name.endswith("mlp.experts.gate_up_proj"):
             prefix = name.removesuffix(".gate_up_proj")
             for expert, gate_up in enumerate(tensor):

@@ -108,6 +108,8 @@ class RoutedExperts(nn.Module):
         self.num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.low_rank: dict[str, tuple[Tensor, Tensor]] = {}
+        """Parameter -> A [E, in, r] and B [E, r, out], whose product is added to it (lora.py)."""
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum over each token's K experts of weight * expert(x), [T, D].
@@ -131,12 +133,19 @@ class RoutedExperts(nn.Module):
 
     def _compute(self, x_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
         """Rows sorted by expert through the experts of this rank, [R, D] -> [R, D]."""
-        gate_up_EFD, down_EDF = self.gate_up_proj, self.down_proj
+        inner_RF = weighted_swiglu(self._product(x_RD, "gate_up_proj", ends_E), weights_R)
+        return self._product(inner_RF, "down_proj", ends_E)
+
+    def _product(self, x_RI: Tensor, name: str, ends_E: Tensor) -> Tensor:
+        """Each row times its expert's matrix, [R, in] -> [R, out]; expert e's rows end at ends_E[e]."""
+        weight_EOI = getattr(self, name)
         if self.exchange is not None:
-            gate_up_EFD, down_EDF = self.exchange.local(gate_up_EFD), self.exchange.local(down_EDF)
-        gate_up_RF = F.grouped_mm(x_RD, gate_up_EFD.transpose(1, 2), offs=ends_E)
-        inner_RF = weighted_swiglu(gate_up_RF, weights_R)
-        return F.grouped_mm(inner_RF, down_EDF.transpose(1, 2), offs=ends_E)
+            weight_EOI = self.exchange.local(weight_EOI)
+        out_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
+        if name in self.low_rank:
+            down_EIr, up_ErO = self.low_rank[name]
+            out_RO = out_RO + F.grouped_mm(F.grouped_mm(x_RI, down_EIr, offs=ends_E), up_ErO, offs=ends_E)
+        return out_RO
 
     def loop(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The plain twin of `forward`: one expert after the other."""

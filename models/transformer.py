@@ -97,6 +97,9 @@ class DeepseekV3Model(nn.Module):
 
 
 class DeepseekV3ForCausalLM(nn.Module):
+    shares_beginnings = True
+    """As in `CausalLM`."""
+
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
         self.config = config

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo.batch import MicroBatch, TrainingSample, pack
+from grpo.batch import MicroBatch, TrainingSample
+from grpo.packing import pack
 from grpo.schedule import learning_rate
 from models import DeepseekV3ForCausalLM, build_model, find_config
 from models.balance import count_experts, load_metrics, update_correction_bias

@@ -3,7 +3,7 @@
 grpo zero ledger --model base --trainer.steps 50
 """
 
-from grpo.learner import LearnerConfig
+from grpo.learner_config import LearnerConfig
 from grpo.objective import ObjectiveConfig
 from grpo.trainer import TrainerConfig
 from pipelines.pretrain import PretrainConfig

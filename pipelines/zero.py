@@ -5,7 +5,8 @@
     grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero --mesh.ranks 4
 
 The run folder holds config.json, metrics.jsonl, tensorboard/, groups.jsonl, checkpoints/ and at the end model/; also
-samples/ if asked, and culprits/ if it ended because of bad gradients.
+samples/ if asked, and culprits/ if it ended because of bad gradients. With --lora.rank, model/ is the merged model, and
+model/adapter/ has the adapters alone.
 """
 
 import contextlib
@@ -21,12 +22,15 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.learner_group import LearnerGroup, serve
 from grpo.metrics import check_trackers
 from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import from_pretrained
+from models.auto import checkpoint_layers
 from models.checkpoint import replace_folder, tensor_shapes
+from models.lora import LoRAConfig, add_lora
 from models.parallel import ALONE, MeshConfig, join, leave
 from pipelines.config import flat_fields, read_config, write_config
 from pipelines.console import console, progress_bar
@@ -64,6 +68,9 @@ class ZeroConfig:
     """Where the learner works; `auto` takes a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the learner's weights, gradients and optimizer state."""
+    checkpoint_layers: bool = False
+    """Compute each layer's activations again in the backward pass: a third more work, far less memory; for sequences of
+    tens of thousands of tokens."""
     num_threads: int = 1
     """CPU threads of the learner; a second one pays for larger models and on idle cores only."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -72,6 +79,8 @@ class ZeroConfig:
     """Objective and optimizer."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """The learner's ranks; they are started by Ray, unless torchrun or `accelerate launch` has."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Low-rank adapters in place of the whole model, if `lora.rank` is set."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The engines that sample."""
 
@@ -92,6 +101,11 @@ class ZeroConfig:
             raise ValueError(
                 f"learner.token_budget={self.learner.token_budget} is smaller than one sequence may be, "
                 f"engine.max_model_len={self.engine.max_model_len}; raise the first or lower the second"
+            )
+        if self.lora.rank and self.mesh.ranks > 1:
+            raise ValueError(
+                f"lora.rank={self.lora.rank} with mesh.ranks={self.mesh.ranks}: adapters are not divided among ranks; "
+                "train them with one rank"
             )
         if self.num_prompts and self.num_prompts < self.trainer.prompts_per_step:
             raise ValueError(
@@ -165,16 +179,21 @@ def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
 
 
 def build_learner(config: ZeroConfig) -> Learner:
-    """The base checkpoint in training, our model or a dense one of transformers; one rank of it in a job of several."""
+    """The base checkpoint in training, our model or a dense one of transformers, whole or by adapters; one rank of it
+    in a job of several."""
     torch.set_num_threads(config.num_threads)
     total_steps = config.trainer.steps * config.trainer.minibatches
     kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     mesh = join(config.mesh, device)
+    dtype, quantize = getattr(torch, config.dtype), config.lora.quantize_base
     # What is to be sharded never is whole on the device.
-    model = from_pretrained(
-        config.model, dtype=getattr(torch, config.dtype), device=device if mesh is ALONE else torch.device("cpu")
-    )
+    place = device if mesh is ALONE else torch.device("cpu")
+    model = from_pretrained(config.model, dtype=dtype, device=place, quantize=quantize)
+    if config.checkpoint_layers:
+        checkpoint_layers(model)
+    if config.lora.rank:
+        add_lora(model, config.lora, seed=config.trainer.seed)
     return Learner(model, config.learner, total_steps, mesh)
 
 

@@ -104,9 +104,9 @@ class EngineActor:
     def probe(self, sequences: Sequence[Sequence[int]]) -> ProbeAnswer:
         return probe_engine(self.engine, sequences)
 
-    def call(self, method: str, argument: Any) -> None:
+    def call(self, method: str, argument: Any) -> Any:
         """A step of a weight sync, see `rollout.weight_receiver`."""
-        getattr(self.engine, method)(argument)
+        return getattr(self.engine, method)(argument)
 
 
 @dataclass

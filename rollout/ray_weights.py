@@ -8,7 +8,7 @@ import torch
 
 from rollout.engine import EngineConfig, WeightStream
 from rollout.manifest import Manifest
-from rollout.weight_source import Link, Post, deliver
+from rollout.weight_source import Delivered, Link, Post, deliver, model_of
 from rollout.weight_transport import Broadcast, ByValue, CudaIpc, GroupAddress, open_store
 
 
@@ -18,7 +18,7 @@ def post_to(actors: Sequence[Any], timeout_s: float) -> Post:
     Raises ray's GetTimeoutError if an answer takes longer than `timeout_s`.
     """
 
-    def post(method: str, argument: Any) -> Callable[[], object]:
+    def post(method: str, argument: Any) -> Callable[[], list[Any]]:
         shared = ray.put(argument)  # once, for all engines; freed when the last has read it
         calls = [actor.call.remote(method, shared) for actor in actors]
         return lambda: ray.get(calls, timeout=timeout_s)
@@ -44,9 +44,10 @@ class RayWeights:
 
         Raises ray's error if an actor dies or does not answer: `replace` it, and deliver to all of them again.
         """
+        last = Delivered(self._last[1].version, model_of(self._last[0])) if self._last else None
         self._begun, self._last = True, None
         self._link = self._link or choose_link(self._actors, self._config)
-        self._last = weights, deliver(weights, version, self._post(self._actors), self._link)
+        self._last = weights, deliver(weights, version, self._post(self._actors), self._link, last=last)
 
     def replace(self, actors: Sequence[Any], new: Any) -> None:
         """Goes on with these actors, and repeats the last sync for `new` among them, from the learner: nothing is kept.

@@ -12,6 +12,19 @@ import torch
 BACKEND = "in_process"
 
 
+def _take_expert_kernels(model: Any) -> dict[Any, Any]:
+    """vLLM's method of each expert layer -> its kernel object, which is taken from it.
+
+    On CPU experts are packed only where no kernel object exists yet; with one, a reload would copy unpacked weights
+    over packed ones, and the outputs would be silently wrong.
+    """
+    methods: set[Any] = {getattr(module, "quant_method", None) for module in model.modules()}
+    kernels = {method: method.moe_kernel for method in methods if hasattr(method, "moe_kernel")}
+    for method in kernels:
+        method.moe_kernel = None
+    return kernels
+
+
 def register_backend() -> None:
     """Makes the backend `in_process` known to vLLM, once per process."""
     from vllm.distributed.weight_transfer.base import (
@@ -45,12 +58,7 @@ def register_backend() -> None:
                 # layer complete that got some tensors then and some now; ending it clears the counts.
                 finalize_layerwise_reload(self.model, self.model_config)
             self.loading = True
-            # The CPU kernel packs its experts only where no kernel object exists yet; without this reset the
-            # reload copies unpacked weights over packed ones and the outputs are silently wrong.
-            for module in self.model.modules() if self.device.type == "cpu" else ():
-                method = getattr(module, "quant_method", None)
-                if method is not None and hasattr(method, "moe_kernel"):
-                    method.moe_kernel = None
+            self.kernels = _take_expert_kernels(self.model) if self.device.type == "cpu" else {}
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -59,6 +67,9 @@ def register_backend() -> None:
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
+            for method, kernel in self.kernels.items():
+                if method.moe_kernel is None:  # its experts were not among what came, and are packed still
+                    method.moe_kernel = kernel
             self.loading = False
 
         def shutdown(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rollout.engine import WeightStream
 from rollout.manifest import Manifest, SyncError, TensorRecord, differences, fingerprints, records, refuse
-from rollout.weight_source import Chunk, call_here, deliver
+from rollout.weight_source import Chunk, Delivered, call_here, deliver, model_of
 from rollout.weight_transport import GroupAddress, Mailbox, Packed
 
 Part = Literal["weights", "kv_cache"]
@@ -28,28 +28,36 @@ class WeightReceiver:
     def __init__(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
         """`shapes`: every tensor the model needs, by checkpoint name. `device`: where tensors are to arrive."""
         self.version = 0
+        self._delivered: Delivered | None = None
         self._shapes = {name: list(shape) for name, shape in shapes.items()}
         self._mailbox = Mailbox(device)
         self._receiving: int | None = None
         self._unusable: str | None = None
         self._arrived: dict[str, TensorRecord] = {}
+        # What the last sync brought, until something touches it; and during a sync, what of that has not come anew.
+        self._complete: dict[str, TensorRecord] = {}
+        self._staying: dict[str, TensorRecord] = {}
         self._to_hold: dict[tuple[str, torch.dtype], TensorRecord] = {}
         # The dtypes in which a tensor is held, for what can be read back; an engine may cast what arrives.
         self._held_dtypes: dict[str, set[torch.dtype]] = {}
 
     def load_weights(self, weights: WeightStream, version: int) -> None:
         """A whole sync from a stream in this process."""
-        deliver(weights, version, call_here(self))
+        deliver(weights, version, call_here(self), last=self._delivered)
+        self._delivered = Delivered(version, model_of(weights))
 
     def join_weight_group(self, address: GroupAddress) -> None:
         """Meets the sender, for weights that come by broadcast."""
         self._mailbox.join(address)
 
-    def start_weights(self, version: int) -> None:
+    def start_weights(self, version: int) -> int | None:
+        """The version that the engine has whole from an earlier sync, None if it has none."""
+        self._arrived = {}
+        self._staying, had_version = self._complete, self.version if self._complete else None
         self.reject_weights(f"its weights are half replaced: the sync of version {version} did not complete")
-        self._arrived, self._to_hold = {}, {}
         self._receiving = version
         self._begin_load()
+        return had_version
 
     @torch.no_grad()
     def receive_weights(self, message: Chunk | Packed) -> None:
@@ -58,9 +66,11 @@ class WeightReceiver:
         self._check_chunk(message.version, message.names, tensors)
         self._arrived |= records(message.names, tensors)
         for name, tensor in zip(message.names, tensors, strict=True):
+            self._staying.pop(name, None)
             for dtype in self._held_dtypes.get(name, ()):
+                self._to_hold.pop((name, dtype), None)  # of an earlier sync
                 if dtype != tensor.dtype:
-                    self._to_hold |= {(name, dtype): records([name], [tensor.to(dtype)])[name]}
+                    self._to_hold[name, dtype] = records([name], [tensor.to(dtype)])[name]
         self._load(list(zip(message.names, tensors, strict=True)))
 
     def _check_chunk(self, version: int, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -83,14 +93,15 @@ class WeightReceiver:
         """Ends a sync. Raises SyncError if anything is missing, or arrived or is held otherwise than it was sent."""
         if manifest.version != self._receiving:
             raise SyncError(f"a manifest of version {manifest.version} ends the sync of version {self._receiving}")
-        missing = [f"missing {name}" for name in self._shapes if name not in self._arrived]
+        present = {name: record for name, record in self._staying.items() if name in manifest.tensors} | self._arrived
+        missing = [f"missing {name}" for name in self._shapes if name not in present]
         refuse(missing, f"weights of version {manifest.version} are not complete")
-        refuse(differences(manifest.tensors, self._arrived), f"weights of version {manifest.version} arrived altered")
+        refuse(differences(manifest.tensors, present), f"weights of version {manifest.version} arrived altered")
         self._end_load()
         self._check_held(manifest)
         self._mailbox.close()
         self._receiving, self._unusable = None, None
-        self._arrived, self._to_hold = {}, {}
+        self._complete, self._staying, self._arrived = present, {}, {}
         self.version = manifest.version
 
     def _check_held(self, manifest: Manifest) -> None:
@@ -110,7 +121,7 @@ class WeightReceiver:
 
     def reject_weights(self, reason: str) -> None:
         """Makes the engine refuse to sample until the next complete sync, with `reason` in the error."""
-        self._unusable = reason
+        self._unusable, self._complete = reason, {}
 
     def check_usable(self) -> None:
         """Raises SyncError if the engine's weights are not whole and checked."""

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.batch import TrainingSample
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from models import from_pretrained
 from models.balance import update_correction_bias
 from models.parallel import Alone, Mesh, MeshConfig, join, whole

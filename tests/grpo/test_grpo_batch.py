@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.batch import Aggregation, MicroBatch, TrainingSample, pack, pack_for_ranks
+from grpo.batch import Aggregation, MicroBatch, TrainingSample
+from grpo.packing import pack, pack_for_ranks
 
 
 def make_sample(number: int, mask: Sequence[bool]) -> TrainingSample:

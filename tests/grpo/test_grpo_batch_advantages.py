@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.advantages import AdvantageConfig, batch_advantages, group_advantages, process_advantages
-from grpo.batch import BatchTotals, pack
+from grpo.batch import BatchTotals
 from grpo.objective import ObjectiveConfig
+from grpo.packing import pack
 from grpo.samples import build_samples
 from rewards import Gate, Rubric, Sample, Score, reward
 from rollout.sample import FinishReason

@@ -23,7 +23,8 @@ import torch
 
 from grpo import learner_state
 from grpo.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.objective import ObjectiveConfig
 from models import hf_tensors, load_pretrained
 from tests.grpo.test_grpo_gradients import make_samples

@@ -26,7 +26,8 @@ from grpo.corrections import (
     token_mis,
     token_tis,
 )
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.objective import ObjectiveConfig
 from models import DeepseekV3ForCausalLM, SequenceLayout
 from tests.grpo.test_grpo_gradients import make_samples, update_and_capture

@@ -10,7 +10,8 @@ import torch
 
 from grpo.advantages import AdvantageConfig
 from grpo.batch import TrainingSample
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.samples import build_samples, reward_samples
 from grpo.trainer import GRPOTrainer, TrainerConfig
 from models import SequenceLayout, save_pretrained

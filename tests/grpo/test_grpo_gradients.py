@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.batch import Aggregation, TrainingSample, pack
-from grpo.learner import Learner, LearnerConfig
+from grpo.batch import Aggregation, TrainingSample
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.objective import ObjectiveConfig
+from grpo.packing import pack
 from models import CausalLM, SequenceLayout
 from models.moe import RoutedExperts
 from tests.models.test_models_parity import CORNERS, reference_of, relative_error, sharp_model
@@ -187,7 +189,10 @@ def test_two_updates_equal_a_plain_computation(aggregation: Aggregation, tmp_pat
     )  # fmt: skip
     learner = Learner(model, config, total_steps=10)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.8, 0.95), weight_decay=0.1)
+    matrices = [p for p in policy.parameters() if p.dim() > 1]
+    vectors = [p for p in policy.parameters() if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.95), weight_decay=0.1)
     for step, lr in enumerate([1e-3, 2e-3]):
         samples = make_samples(model, seed=step)
         report = learner.update(samples)
@@ -197,7 +202,8 @@ def test_two_updates_equal_a_plain_computation(aggregation: Aggregation, tmp_pat
         assert norm > 1, "the gradient is too small to be clipped"
         for parameter in policy.parameters():
             parameter.grad *= 0.5 / norm
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
     expected = dict(policy.named_parameters())

@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.batch import Aggregation, BatchTotals, TrainingSample, pack
+from grpo.batch import Aggregation, BatchTotals, TrainingSample
 from grpo.corrections import CorrectionConfig
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.losses import KLEstimator, PolicyLoss
 from grpo.objective import ObjectiveConfig
+from grpo.packing import pack
 from grpo.presets import PRESETS, preset
 from models import DeepseekV3ForCausalLM
 from models.moe import RoutedExperts

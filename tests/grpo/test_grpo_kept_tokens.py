@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from grpo.advantages import AdvantageConfig
-from grpo.batch import TrainingSample, pack
-from grpo.learner import Learner, LearnerConfig
+from grpo.batch import TrainingSample
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
+from grpo.packing import pack
 from grpo.rollouts import RolloutState
 from grpo.samples import build_samples
 from models import load_pretrained, save_pretrained

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from grpo.batch import TrainingSample
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.objective import ObjectiveConfig
 from models import CausalLM, SequenceLayout, hf_tensors, save_pretrained
 from models.balance import load_metrics

@@ -2,7 +2,9 @@
 stops in the middle of the weights, and a rank that fails, which must end the job with its reason and never hang it.
 """
 
+import functools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import ray
 import torch
 
 from grpo.batch import TrainingSample
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.learner_group import LearnerGroup, serve
 from grpo.ray_learner import started_ranks
 from models import build_model, find_config, from_pretrained
@@ -100,18 +103,24 @@ def test_a_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
     assert "score failed on rank 1 of the learner" in told and "a cosmic ray" in told
 
 
-def _rank_of_ray() -> None:
+def _rank_of_ray(failing: Path) -> None:
+    failing.touch()
     raise ArithmeticError("a cosmic ray")
 
 
 @pytest.mark.slow
-def test_a_ray_actor_that_fails_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_actor_that_fails_gives_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failing = tmp_path / "failing"
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # so that they are put back
     with (
         pytest.raises(ArithmeticError, match="a cosmic ray"),
-        started_ranks(2, _rank_of_ray, num_threads=1),
+        started_ranks(2, functools.partial(_rank_of_ray, failing), num_threads=1),
     ):
         assert os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] == "2"
+        deadline = time.monotonic() + 100
+        while not failing.exists():  # an actor may take long to start; a closed connection comes after it has failed
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         raise RuntimeError("connection closed")
     assert not ray.is_initialized()

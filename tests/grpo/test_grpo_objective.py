@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.batch import Aggregation, MicroBatch, TrainingSample, pack
+from grpo.batch import Aggregation, MicroBatch, TrainingSample
 from grpo.corrections import CorrectionConfig
 from grpo.losses import PolicyLoss
 from grpo.objective import (
@@ -27,6 +27,7 @@ from grpo.objective import (
     objective_terms,
     scaled_advantages,
 )
+from grpo.packing import pack
 
 LENGTHS, ADVANTAGES = (6, 3, 5, 2), (1.5, -0.5, -1.0, 0.75)
 LOGPROBS = [

@@ -6,7 +6,8 @@ from typing import get_args
 import pytest
 
 from grpo.batch import Aggregation
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.losses import KLEstimator, PolicyLoss
 from grpo.metrics import read_metrics
 from grpo.presets import PRESETS, preset

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from grpo.batch import TrainingSample
 from grpo.corrections import CorrectionConfig
-from grpo.learner import LearnerConfig
+from grpo.learner_config import LearnerConfig
 from grpo.objective import ObjectiveConfig
 from models import DeepseekV3ForCausalLM, TransformersCausalLM
 from models.parallel import ALONE, MeshConfig

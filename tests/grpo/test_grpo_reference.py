@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from grpo.batch import TrainingSample
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.losses import KLEstimator
 from grpo.objective import ObjectiveConfig
 from models import CausalLM

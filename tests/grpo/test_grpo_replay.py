@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from grpo.advantages import AdvantageConfig
-from grpo.batch import TrainingSample, pack
-from grpo.learner import Learner, LearnerConfig
+from grpo.batch import TrainingSample
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
+from grpo.packing import pack
 from grpo.samples import build_samples
 from models import DeepseekV3ForCausalLM, SequenceLayout, save_pretrained
 from rewards import Score

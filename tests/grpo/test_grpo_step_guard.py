@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from grpo.batch import TrainingSample
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.metrics import read_metrics
 from grpo.minibatches import update_in_minibatches
 from grpo.sample_file import read_samples

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from grpo.advantages import AdvantageConfig, group_advantages
 from grpo.batch import TrainingSample
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.metrics import read_metrics
 from grpo.objective import ObjectiveConfig
 from grpo.step_report import batch_metrics

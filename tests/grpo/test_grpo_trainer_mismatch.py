@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from grpo.corrections import CorrectionConfig
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.metrics import read_metrics
 from models import load_pretrained
 from rollout.pool import LocalPool

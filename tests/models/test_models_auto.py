@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 import models
 from grpo.batch import TrainingSample
 from grpo.checkpoint import load_checkpoint, save_checkpoint
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.objective import ObjectiveConfig
 from models import SequenceLayout, TransformersCausalLM, hf_tensors
 from models.auto import load_hf_tensors

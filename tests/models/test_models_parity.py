@@ -159,6 +159,7 @@ def test_experts_equal_their_plain_twin() -> None:
     layer = sharp_model(CORNERS["groups"]).model.layers[1]
     assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, MixtureOfExperts)
     experts = layer.mlp.experts
+    torch.manual_seed(0)
     x_TD = torch.randn(40, 64, requires_grad=True)
     ids_TK = torch.randint(0, 5, (40, 1)) + torch.tensor([[0, 3]])  # some experts stay empty
     weights_TK = torch.rand(40, 2, requires_grad=True)

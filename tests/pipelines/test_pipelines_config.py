@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo.learner import LearnerConfig
+from grpo.learner_config import LearnerConfig
 from grpo.objective import ObjectiveConfig
 from grpo.trainer import TrainerConfig
 from pipelines.config import read_config, write_config

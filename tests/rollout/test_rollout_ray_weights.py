@@ -28,8 +28,8 @@ class Holder:
     def __init__(self, model: str) -> None:
         self.engine = NativeEngine(CONFIG, model)
 
-    def call(self, method: str, argument: Any) -> None:
-        getattr(self.engine, method)(argument)
+    def call(self, method: str, argument: Any) -> Any:
+        return getattr(self.engine, method)(argument)
 
     def holds(self) -> tuple[int, list[list[float]]]:
         return self.engine.version, self.engine.score([[5, 6, 7, 8]])

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from grpo.advantages import AdvantageConfig
-from grpo.learner import Learner, LearnerConfig
+from grpo.learner import Learner
+from grpo.learner_config import LearnerConfig
 from grpo.samples import build_samples
 from models import DeepseekV3Config, SequenceLayout, find_config, hf_tensors, load_pretrained, save_pretrained
 from rewards import Score
