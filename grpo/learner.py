@@ -139,8 +139,12 @@ class Learner:
         for name, values_N in terms.means.items():
             meters.add(name, values_N, batch.weights_N / batch.weight_sum)
         meters.mismatch.add(logprobs_N.detach(), batch.sampling_logprobs_N, batch.lags_N)
-        meters.mismatch.add_experts(output.routing, batch.expert_ids_TLK, len(batch.layout.lengths))
-        meters.add_experts(output.routing)
+        routing, recorded_TLK, placed = output.routing, batch.expert_ids_TLK, batch.layout.in_sequences
+        if placed is not None:  # a prompt counts with each of its completions, however they were divided
+            routing = {layer: routed.of_rows(placed.tokens_R) for layer, routed in routing.items()}
+            recorded_TLK = None if recorded_TLK is None else recorded_TLK[placed.tokens_R]
+        meters.mismatch.add_experts(routing, recorded_TLK, len(batch.layout.lengths))
+        meters.add_experts(routing)
 
     def _forward(self, batch: MicroBatch) -> ModelOutput:
         replay = {}

@@ -73,11 +73,16 @@ def pack_for_ranks(
 
 
 def _by_prompt(samples: Sequence[TrainingSample], lengths: dict[int, int]) -> list[int]:
-    """Prompts by their longest sample, each prompt's samples together, longest first."""
+    """Prompts by their longest sample, each prompt's samples together: those with recorded experts, then by length."""
     longest: dict[tuple[int, ...], tuple[int, int]] = {}
     for place in sorted(lengths, key=lambda place: -lengths[place]):
         longest.setdefault(samples[place].prompt_ids, (-lengths[place], place))
-    return sorted(lengths, key=lambda place: (longest[samples[place].prompt_ids], -lengths[place]))
+
+    def key(place: int) -> tuple[tuple[int, int], bool, int]:
+        sample = samples[place]
+        return longest[sample.prompt_ids], sample.expert_ids is None, -lengths[place]
+
+    return sorted(lengths, key=key)
 
 
 def _with_shared_prompts(batch: MicroBatch, samples: Sequence[TrainingSample]) -> MicroBatch:

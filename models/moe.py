@@ -27,6 +27,10 @@ class Routing:
     scores_TE: Tensor
     """[T, E] affinities of all experts, float32, with gradient."""
 
+    def of_rows(self, rows: Tensor) -> "Routing":
+        """What was decided for these tokens, some of them several times; without their scores, [0, E]."""
+        return Routing(ids_TK=self.ids_TK[rows], chosen_TK=self.chosen_TK[rows], scores_TE=self.scores_TE.detach()[:0])
+
 
 class FeedForward(nn.Module):
     """SwiGLU block: the dense layers and the shared expert."""

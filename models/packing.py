@@ -124,33 +124,38 @@ def _tokens(lengths: Sequence[int], shared: Sequence[tuple[int, int]]) -> Tensor
 
 
 def _rectangles(lengths: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
-    """Blocks of sequences of nearly the same length, longest first, and the row where each sequence begins."""
+    """Blocks of sequences of nearly the same length, longest first, and the row where each sequence begins. Several
+    sequences of one length are one block as they are, as in training on texts cut to that length.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     in_order = [lengths[i] for i in order]
-    blocks = _close_blocks(in_order) if in_order[0] <= LONGEST_FLASH else _repeatable_blocks(in_order)
+    if len(in_order) > 1 and in_order[0] == in_order[-1]:
+        blocks = [(len(in_order), in_order[0])]
+    else:
+        blocks = _close_blocks(in_order) if in_order[0] <= LONGEST_FLASH else _repeatable_blocks(in_order)
     rows = itertools.accumulate((length for count, length in blocks for _ in range(count)), initial=0)
     first_rows = dict(zip(order, rows, strict=False))
     return tuple(blocks), [first_rows[i] for i in range(len(lengths))]
 
 
 def _close_blocks(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """A block takes what is at least 7/8 of its longest."""
+    """A block takes what is at least 7/8 of its longest. Its length is a multiple of 16, all of a CPU's vectors: in a
+    vector that is not full a kernel may round otherwise, and a token would depend on what else is in the batch."""
     blocks: list[tuple[int, int]] = []
+    longest = 0
     for length in lengths:
-        if blocks and length >= 7 / 8 * blocks[-1][1]:
+        if blocks and length >= 7 / 8 * longest:
             blocks[-1] = (blocks[-1][0] + 1, blocks[-1][1])
         else:
-            blocks.append((1, length))
+            longest = length
+            blocks.append((1, -(-length // 16) * 16))
     return blocks
 
 
 def _repeatable_blocks(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Few shapes over a whole run: lengths rounded up to one of four steps per doubling, a power of two of sequences in
-    a block. A GPU spends an eighth of a second on preparing its attention for each new shape. Several sequences of one
-    length are one block as they are, as in training on texts cut to that length.
+    a block. A GPU spends an eighth of a second on preparing its attention for each new shape.
     """
-    if len(lengths) > 1 and lengths[0] == lengths[-1]:
-        return [(len(lengths), lengths[0])]
     blocks: list[tuple[int, int]] = []
     for length, same in itertools.groupby(map(_rounded_up, lengths)):
         count = len(list(same))

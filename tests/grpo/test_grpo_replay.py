@@ -143,9 +143,9 @@ def test_replay_with_other_weights_uses_the_recorded_experts(tmp_path: Path) -> 
     other = sharp_model(CONFIG, seed=5)
     (batch,) = pack(samples, 8192, "token")
     assert batch.expert_ids_TLK is not None
-    used, report = chosen_during(Learner(other, LearnerConfig(lr=0.0), total_steps=1), samples)
+    used, report = chosen_during(Learner(other, LearnerConfig(lr=0.0, share_prompts=False), total_steps=1), samples)
     free, unreplayed = chosen_during(
-        Learner(other, LearnerConfig(lr=0.0, replay_experts=False), total_steps=1), samples
+        Learner(other, LearnerConfig(lr=0.0, share_prompts=False, replay_experts=False), total_steps=1), samples
     )
     for i, layer in enumerate(sorted(used)):
         recorded = batch.expert_ids_TLK[:, i].long()

@@ -54,13 +54,13 @@ def test_blocks_show_whole_sequences(longest: int, seed: int) -> None:
         assert torch.equal(layout.positions_T, layout.computed(positions_W))
     num_shared = sum(count for _, count in shared)
     assert len(x_T) == sum(lengths) - num_shared
-    if max(lengths) > 2048:
+    if max(lengths) > 2048 and len(lengths) > 1:
         assert all(count.bit_count() == 1 for count, _ in layout.blocks), "few shapes for the GPU"
 
 
 def test_blocks_are_nearly_full() -> None:
     layout = SequenceLayout.from_lengths([40, 41, 37, 39, 20, 40, 19, 8])
-    assert layout.blocks == ((5, 41), (2, 20), (1, 8))
+    assert layout.blocks == ((5, 48), (2, 32), (1, 16))
     assert SequenceLayout.from_lengths([6, 6, 6]).in_blocks is None, "the packed memory is the rectangle"
 
 

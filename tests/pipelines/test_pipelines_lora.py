@@ -20,7 +20,7 @@ from tests.pipelines.conftest import LOCAL, grpo
 FLAGS = (
     *LOCAL, "--num-prompts", 100, "--num-threads", 1, "--trainer.steps", 4, "--trainer.save-every", 2,
     "--trainer.prompts-per-step", 4, "--trainer.completions-per-prompt", 4, "--learner.lr", 1e-2,
-    "--learner.kl-coef", 0.05, "--lora.rank", 4, "--lora.targets", "q_proj", "o_proj",
+    "--learner.objective.kl-coef", 0.05, "--lora.rank", 4, "--lora.targets", "q_proj", "o_proj",
 )  # fmt: skip
 
 

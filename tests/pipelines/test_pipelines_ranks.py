@@ -19,7 +19,7 @@ from tests.ranks import free_port
 
 FLAGS = (
     *LOCAL, "--num-prompts", 100, "--trainer.steps", 2, "--trainer.prompts-per-step", 8, "--trainer.minibatches", 2,
-    "--trainer.completions-per-prompt", 4, "--learner.kl-coef", 0.05, "--learner.lr", 1e-3,
+    "--trainer.completions-per-prompt", 4, "--learner.objective.kl-coef", 0.05, "--learner.lr", 1e-3,
 )  # fmt: skip
 
 
