@@ -2,7 +2,6 @@
 place of a dead one gets the same weights again, or none.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from models import hf_tensors, save_pretrained
 from rollout.engine import EngineConfig
 from rollout.manifest import SyncError
 from rollout.native_engine import NativeEngine
+from rollout.ray_actor import start_ray
 from rollout.ray_weights import RayWeights
 from rollout.weight_source import WeightSource
 from rollout.weight_transport import ByValue
@@ -40,8 +40,7 @@ def test_every_actor_gets_the_weights_and_so_does_a_new_one(tmp_path: Path, monk
     monkeypatch.setattr(ByValue, "chunk_bytes", 20_000)
     model = sharp_model(CORNERS["plain"])
     save_pretrained(model, tmp_path / "model")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 2**20)
+    start_ray(3)
     try:
         holder: Any = Holder
         start = ray.remote(num_cpus=1)(holder).remote
