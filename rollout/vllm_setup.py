@@ -70,6 +70,9 @@ def set_environment(config: EngineConfig, architecture: DeepseekV3Config | None)
         wanted["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if config.tensor_parallel_size > 1:
         wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to worker processes of our own
+        if not torch.cuda.is_available():
+            # Else the embedding's mask is compiled by g++ at the first request: slow, and wrong in AVX2 (torch 2.13).
+            wanted["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
