@@ -1,7 +1,7 @@
 """Training samples, and the micro-batches of tensors that they are packed into (packing.py).
 
-Shapes: T packed tokens, N trained tokens (those with a loss), L layers with experts, K experts per token; for a list,
-L is the tokens of one sample.
+Shapes: T packed tokens, W tokens of whole samples (more than T where prompts are shared), N trained tokens (those with
+a loss), L layers with experts, K experts per token; for a list, L is the tokens of one sample.
 """
 
 from collections.abc import Sequence
@@ -145,7 +145,11 @@ def build_micro_batch(
     places: Sequence[int],
     weight_sum: float,
     totals: BatchTotals,
+    *,
+    share_prompts: bool,
 ) -> MicroBatch:
+    """With `share_prompts`, equal prompts are computed once. Their recorded experts are those of the first sample: a
+    sampler that computes a prompt again for each completion may round, and route, it otherwise."""
     ids: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
@@ -161,12 +165,15 @@ def build_micro_batch(
     def per_token(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype).repeat_interleave(counts)
 
-    ids_T = torch.tensor(ids)
+    ids_W, experts_WLK = torch.tensor(ids), _pack_experts(samples)
+    layout = SequenceLayout.from_lengths(
+        [len(sample.token_ids) for sample in samples], shared=_equal_prompts(samples) if share_prompts else ()
+    )
     return MicroBatch(
-        ids_T=ids_T,
-        layout=SequenceLayout.from_lengths([len(sample.token_ids) for sample in samples]),
-        predictors_N=trained_N - 1,
-        targets_N=ids_T[trained_N],
+        ids_T=layout.computed(ids_W),
+        layout=layout,
+        predictors_N=layout.tokens_at(trained_N - 1),
+        targets_N=ids_W[trained_N],
         sampling_logprobs_N=torch.tensor(logprobs)[trained_N],
         advantages_N=torch.tensor([advantage for sample in samples for advantage in sample.trained_advantages]),
         temperatures_N=per_token([sample.temperature for sample in samples]),
@@ -177,8 +184,19 @@ def build_micro_batch(
         lags_N=torch.tensor(lags)[trained_N],
         old_logprobs_N=_old_logprobs(samples, trained_N),
         kept=_pack_kept(samples),
-        expert_ids_TLK=_pack_experts(samples),
+        expert_ids_TLK=None if experts_WLK is None else layout.computed(experts_WLK),
     )
+
+
+def _equal_prompts(samples: Sequence[TrainingSample]) -> list[tuple[int, int]]:
+    """For each sample the first with its prompt and the prompt's length, 0 if it is that one itself."""
+    first: dict[tuple[int, ...], int] = {}
+    prompts = [sample.prompt_ids for sample in samples]
+    owners = [first.setdefault(prompt, number) for number, prompt in enumerate(prompts)]
+    return [
+        (owner, len(prompt) if owner < number else 0)
+        for number, (owner, prompt) in enumerate(zip(owners, prompts, strict=True))
+    ]
 
 
 def _old_logprobs(samples: Sequence[TrainingSample], trained_N: Tensor) -> Tensor | None:
@@ -204,16 +222,16 @@ def _pack_kept(samples: Sequence[TrainingSample]) -> KeptTokens | None:
 
 
 def _pack_experts(samples: Sequence[TrainingSample]) -> Tensor | None:
-    """Recorded experts of all samples, [T, L, K] with -1 for what was not recorded; None if nothing was."""
+    """Recorded experts of all samples, [W, L, K] with -1 for what was not recorded; None if nothing was."""
     shapes = {sample.expert_ids.shape[1:] for sample in samples if sample.expert_ids is not None}
     if not shapes:
         return None
     assert len(shapes) == 1, f"samples with experts of different models: [layers, K] are {sorted(shapes)}"
-    packed_TLK = np.full((sum(len(sample.token_ids) for sample in samples), *shapes.pop()), -1, np.int16)
+    packed_WLK = np.full((sum(len(sample.token_ids) for sample in samples), *shapes.pop()), -1, np.int16)
     start = 0
     for sample in samples:
         if sample.expert_ids is not None:
             ids = np.where(is_recorded(sample.expert_ids)[..., None], sample.expert_ids.astype(np.int16), -1)
-            packed_TLK[start : start + len(ids)] = ids
+            packed_WLK[start : start + len(ids)] = ids
         start += len(sample.token_ids)
-    return torch.from_numpy(packed_TLK)
+    return torch.from_numpy(packed_WLK)

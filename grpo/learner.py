@@ -5,7 +5,7 @@ report = learner.update(samples)
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,17 +177,13 @@ class Learner:
         """
         if self.config.correction.kind == "none" and self.config.correction.old_logprobs == "sampler":
             return samples
-        mine: list[tuple[Tensor, Tensor]] = []
-        for batch in self._share(samples):
-            on_device = batch.to(self.device)
-            logprobs_N, _ = self._logprobs(self.model, self._forward(on_device).hidden_TD, on_device)
-            mine.append((batch.samples_N, logprobs_N.float().cpu()))
+        found = self._of_samples(
+            samples, lambda batch: self._logprobs(self.model, self._forward(batch).hidden_TD, batch)[0]
+        )
         release(self.model)
         old = [torch.zeros(len(sample.token_ids)) for sample in samples]
-        for samples_N, logprobs_N in (pair for of_rank in self.mesh.gather(mine) for pair in of_rank):
-            for place in samples_N.unique().tolist():
-                trained_L = torch.tensor(samples[place].loss_mask)
-                old[place][trained_L] = logprobs_N[samples_N == place]
+        for place, logprobs_N in found.items():
+            old[place][torch.tensor(samples[place].loss_mask)] = logprobs_N.float()
         return [replace(s, old_logprobs=old_L.tolist()) for s, old_L in zip(samples, old, strict=True)]
 
     @torch.no_grad()
@@ -200,18 +196,29 @@ class Learner:
             return penalties
         if not self.mesh.broadcast(any(sample.num_trained for sample in samples)):
             return penalties
-        mine: list[tuple[Tensor, Tensor]] = []
-        for batch in self._share(samples):
-            on_device = batch.to(self.device)
-            reference_N = self._reference_logprobs(on_device)
+
+        def penalties_of(batch: MicroBatch) -> Tensor:
+            reference_N = self._reference_logprobs(batch)
             assert reference_N is not None
-            kl_N = kl_penalty(on_device.sampling_logprobs_N, reference_N, objective.kl_estimator)
-            mine.append((batch.samples_N, kl_N.cpu()))
+            return kl_penalty(batch.sampling_logprobs_N, reference_N, objective.kl_estimator)
+
+        found = self._of_samples(samples, penalties_of)
         release(self.reference)
-        for samples_N, kl_N in (pair for of_rank in self.mesh.gather(mine) for pair in of_rank):
-            for place in samples_N.unique().tolist():
-                penalties[place] = objective.kl_coef * kl_N[samples_N == place].sum().item()
+        for place, kl_N in found.items():
+            penalties[place] = objective.kl_coef * kl_N.sum().item()
         return penalties
+
+    def _of_samples(
+        self, samples: Sequence[TrainingSample], compute: Callable[[MicroBatch], Tensor]
+    ) -> dict[int, Tensor]:
+        """Place of a sample -> what `compute` says of its trained tokens, on the CPU; on rank 0, of all ranks."""
+        mine = [(batch.samples_N, compute(batch.to(self.device)).cpu()) for batch in self._share(samples)]
+        return {
+            place: values_N[samples_N == place]
+            for of_rank in self.mesh.gather(mine)
+            for samples_N, values_N in of_rank
+            for place in samples_N.unique().tolist()
+        }
 
     def _logprobs(self, model: CausalLM, hidden_TD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         predictors_ND = hidden_TD.index_select(0, batch.predictors_N)
@@ -236,10 +243,12 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs beside the model's weights; sharded as they are."""
-        state = {"step": self.step, "guard": self.guard.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if self._has_common_optimizer:
-            optimizer = get_optimizer_state_dict(module_of(self.model), self.optimizer, options=_BY_PARAMETER)
-            state["optimizer"] = optimizer
+        optimizer = (
+            get_optimizer_state_dict(module_of(self.model), self.optimizer, options=_BY_PARAMETER)
+            if self._has_common_optimizer
+            else self.optimizer.state_dict()
+        )
+        state = {"step": self.step, "guard": self.guard.state_dict(), "optimizer": optimizer}
         if isinstance(self.reference, torch.nn.Module):
             state["reference"] = self.reference.state_dict()
         return state

@@ -1,5 +1,5 @@
 """Policy objectives and KL estimates as pure functions of log-probabilities; which runs is chosen in objective.py, how
-token losses are averaged in batch.py.
+token losses are averaged in packing.py.
 
 Every policy loss returns the loss [N], to be minimized, and a bool [N] that marks the tokens whose gradient a bound
 cuts or holds down. r_t = exp(logprob - old logprob) is the probability ratio of a token, A_t its advantage, |o| the

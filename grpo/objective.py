@@ -2,7 +2,7 @@
 
     J = sum_t w_t (m_t c_t policy_t + kl_coef kl_t - entropy_coef H_t) + positive_nll_coef nll
 
-Over the trained tokens t of the global batch: w_t from batch.py (the aggregation), m_t 1 for tokens that
+Over the trained tokens t of the global batch: w_t from packing.py (the aggregation), m_t 1 for tokens that
 `entropy_top_share` selects and 0 for the others, c_t the weight from corrections.py, policy_t and kl_t from losses.py,
 H_t the entropy. All denominators are the global batch's, so J does not depend on micro-batches.
 

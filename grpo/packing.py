@@ -7,10 +7,8 @@ not depend on how samples fall into micro-batches.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from grpo.batch import Aggregation, BatchTotals, MicroBatch, TrainingSample, build_micro_batch
-from models import SequenceLayout
 
 
 def pack(
@@ -61,48 +59,25 @@ def pack_for_ranks(
     weights = {place: _token_weight(samples[place], aggregation, constant_length, totals) for place in places}
     weight_sum = totals.tokens / (totals.samples * constant_length) if aggregation == "constant" else 1.0
     nothing = TrainingSample(token_ids=[0], loss_mask=[False], sampling_logprobs=[0.0])
-    idle = build_micro_batch([nothing], [0.0], [0], weight_sum, totals)
+    idle = build_micro_batch([nothing], [0.0], [0], weight_sum, totals, share_prompts=False)
     batches: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
     order = _by_prompt(samples, lengths) if share_prompts else sorted(lengths, key=lambda place: -lengths[place])
     for of_round in _rounds({place: lengths[place] for place in order}, token_budget, num_ranks, quadratic_at):
         for rank, group in enumerate(of_round):
-            mine = [samples[i] for i in group]
-            batch = build_micro_batch(mine, [weights[i] for i in group], group, weight_sum, totals) if group else idle
-            batches[rank].append(_with_shared_prompts(batch, mine) if share_prompts and group else batch)
+            mine = [samples[i] for i in group], [weights[i] for i in group], group
+            batch = build_micro_batch(*mine, weight_sum, totals, share_prompts=share_prompts) if group else idle
+            batches[rank].append(batch)
     return batches
 
 
 def _by_prompt(samples: Sequence[TrainingSample], lengths: dict[int, int]) -> list[int]:
     """Prompts by their longest sample, each prompt's samples together: those with recorded experts, then by length."""
+    prompts = {place: samples[place].prompt_ids for place in lengths}
     longest: dict[tuple[int, ...], tuple[int, int]] = {}
     for place in sorted(lengths, key=lambda place: -lengths[place]):
-        longest.setdefault(samples[place].prompt_ids, (-lengths[place], place))
-
-    def key(place: int) -> tuple[tuple[int, int], bool, int]:
-        sample = samples[place]
-        return longest[sample.prompt_ids], sample.expert_ids is None, -lengths[place]
-
-    return sorted(lengths, key=key)
-
-
-def _with_shared_prompts(batch: MicroBatch, samples: Sequence[TrainingSample]) -> MicroBatch:
-    """The same batch with equal prompts computed once. Recorded experts are those of a prompt's first sample: a sampler
-    that computes a prompt again for each completion may round, and route, it otherwise."""
-    first: dict[tuple[int, ...], int] = {}
-    owners = [first.setdefault(sample.prompt_ids, number) for number, sample in enumerate(samples)]
-    shared = [
-        (owner, len(sample.prompt_ids) if owner < number else 0)
-        for number, (owner, sample) in enumerate(zip(owners, samples, strict=True))
-    ]
-    layout = SequenceLayout.from_lengths(batch.layout.lengths, shared=shared)
-    if layout.in_sequences is None:
-        return batch
-    return replace(
-        batch,
-        ids_T=layout.computed(batch.ids_T),
-        layout=layout,
-        predictors_N=layout.in_sequences.tokens_R[batch.predictors_N],
-        expert_ids_TLK=None if batch.expert_ids_TLK is None else layout.computed(batch.expert_ids_TLK),
+        longest.setdefault(prompts[place], (-lengths[place], place))
+    return sorted(
+        lengths, key=lambda place: (longest[prompts[place]], samples[place].expert_ids is None, -lengths[place])
     )
 
 

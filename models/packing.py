@@ -93,6 +93,10 @@ class SequenceLayout:
         """[W, ...] -> [T, ...]: of what is given for whole sequences, what is said of the tokens computed."""
         return x_W if self.in_sequences is None else x_W[self.in_sequences.rows_T]
 
+    def tokens_at(self, places_N: Tensor) -> Tensor:
+        """[N] places among the W -> the tokens computed that stand there, of the T."""
+        return places_N if self.in_sequences is None else self.in_sequences.tokens_R[places_N]
+
     def pad(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [B, S, ...] with zeros behind each sequence's end. Nothing may be shared."""
         num_sequences, longest = len(self.lengths), max(self.lengths)
