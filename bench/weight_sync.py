@@ -53,7 +53,8 @@ def serve(pipe: Connection, kind: str, folder: str, device: str, dtype: str) -> 
     if kind == "native":
         engine = ModelReceiver(load_pretrained(folder, dtype=getattr(torch, dtype), device=device))
     else:
-        config = EngineConfig(kind="vllm", transport="local", dtype=dtype, max_model_len=256)  # type: ignore[arg-type]
+        sizes = {"max_model_len": 256, "max_num_seqs": 16}
+        config = EngineConfig(kind="vllm", transport="local", dtype=dtype, **sizes)  # type: ignore[arg-type]
         engine = build_engine(config, folder)
     engine._mailbox = SharedMailbox(engine._mailbox.device)
     pipe.send(None)

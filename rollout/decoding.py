@@ -117,27 +117,25 @@ def choose(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """[B] ids in proportion to the weights: inverts the distribution function at numbers from [0, 1), float64.
 
     First among blocks of ids, by their sums, then within the block: running sums in float64 over a whole vocabulary
-    would take longer on a GPU than the rest of sampling.
+    would take longer on a GPU than the rest of sampling. An id without weight is never chosen.
     """
-    num_ids = weights_BV.shape[1]
-    blocks_BGX = F.pad(weights_BV, (0, -num_ids % _BLOCK)).unflatten(1, (-1, _BLOCK))
-    block_B, rest_B = _invert(blocks_BGX.sum(-1, dtype=torch.float64), uniforms_B)
-    block_BX = blocks_BGX[torch.arange(len(blocks_BGX), device=block_B.device), block_B]
-    place_B, _ = _invert(block_BX.double(), rest_B)
-    return block_B * _BLOCK + place_B
+    padding = -weights_BV.shape[1] % _BLOCK
+    blocks_BGX = (F.pad(weights_BV, (0, padding)) if padding else weights_BV).unflatten(1, (-1, _BLOCK))
+    sums_BG = blocks_BGX.sum(-1, dtype=torch.float64)
+    ends_BG = sums_BG.cumsum(-1)
+    marks_B1 = uniforms_B[:, None] * _just_below(ends_BG[:, -1:])
+    block_B1 = torch.searchsorted(ends_BG, marks_B1, right=True)
+    block_BX = blocks_BGX[torch.arange(len(blocks_BGX), device=block_B1.device), block_B1[:, 0]]
+    ends_BX = block_BX.cumsum(-1, dtype=torch.float64)
+    # Rounding may lead out of the block on either side.
+    marks_B1 = (marks_B1 - (ends_BG - sums_BG).gather(1, block_B1)).clamp(min=0)
+    place_B1 = torch.searchsorted(ends_BX, marks_B1.minimum(_just_below(ends_BX[:, -1:])), right=True)
+    return place_B1.add(block_B1, alpha=_BLOCK).squeeze(1)
 
 
-def _invert(weights_BX: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] ids in proportion to float64 weights, and where in [0, 1] within its own weight each number fell."""
-    cumulative_BX = weights_BX.cumsum(-1)
-    thresholds_B1 = uniforms_B[:, None] * cumulative_BX[:, -1:]
-    ids_B1 = torch.searchsorted(cumulative_BX, thresholds_B1, right=True)
-    # Rounding may lead behind the last id with a weight; one without must not be chosen.
-    last_B1 = torch.searchsorted(cumulative_BX, cumulative_BX[:, -1:].contiguous())
-    ids_B1 = torch.minimum(ids_B1, last_B1)
-    own_B1 = weights_BX.gather(1, ids_B1)
-    rest_B1 = (thresholds_B1 - cumulative_BX.gather(1, ids_B1) + own_B1) / own_B1
-    return ids_B1.squeeze(1), rest_B1.squeeze(1).clamp(0, 1)
+def _just_below(sums: Tensor) -> Tensor:
+    """Less than each positive sum by at least its rounding, so that something lies above it; float64."""
+    return sums * (1 - 2**-52)
 
 
 def uniforms(seeds: Sequence[int], places: Sequence[int], count: int) -> Tensor:

@@ -60,7 +60,9 @@ def install_seeded_sampler(worker: Any, kept: Kept) -> bool:
             names = [name.rpartition("-")[0] for name in batch.req_ids]
             for name, place, ids in zip(names, places, kept_tokens(logprobs_BV), strict=True):
                 kept.setdefault(name, {})[place] = ids
-        draws_B = uniforms(seeds, places, 1).squeeze(1).to(logits_BV.device, non_blocking=True)
+        draws_B = uniforms(seeds, places, 1).squeeze(1)
+        if logits_BV.is_cuda:  # from pinned memory, or the copy would wait for the model's pass
+            draws_B = draws_B.pin_memory().to(logits_BV.device, non_blocking=True)
         return choose(logprobs_BV.exp(), draws_B), logprobs_BV
 
     draw.forward = seeded_draw

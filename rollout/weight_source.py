@@ -99,8 +99,9 @@ class Link(Protocol):
     chunk_bytes: int
     """Largest chunk; about so much memory is taken at a time."""
 
-    def send(self, chunk: Chunk, post: Post) -> None:
-        """Returns when every engine has loaded the chunk, and nothing of it is in use any more."""
+    def send(self, chunk: Chunk, post: Post) -> Callable[[], Any]:
+        """Starts the engines on the chunk; what it returns waits until all have loaded it, and must be called before
+        the next chunk is sent, whose place may be the same."""
         ...
 
     def close(self) -> None:
@@ -113,8 +114,8 @@ class ByReference:
 
     chunk_bytes = 64 * 2**20
 
-    def send(self, chunk: Chunk, post: Post) -> None:
-        post("receive_weights", chunk)()
+    def send(self, chunk: Chunk, post: Post) -> Callable[[], Any]:
+        return post("receive_weights", chunk)
 
     def close(self) -> None:
         pass
@@ -154,11 +155,11 @@ def deliver(
     may_stay = last is not None and last.model == model_of(weights) and all(v == last.version for v in held)
     try:
         for chunk in chunks(weights, version, link.chunk_bytes):
-            sent |= records(chunk.names, chunk.tensors)
-            if may_stay and isinstance(weights, WeightSource):
-                chunk = chunk.without(weights.is_frozen)
-            if chunk.names:
-                link.send(chunk, post)
+            changed = chunk.without(weights.is_frozen) if may_stay and isinstance(weights, WeightSource) else chunk
+            wait = link.send(changed, post) if changed.names else None
+            sent |= records(chunk.names, chunk.tensors)  # while the engines are at work
+            if wait is not None:
+                wait()
         if same_as is not None:
             refuse(differences(same_as.tensors, sent), f"the learner no longer has the weights of version {version}")
         post("finish_weights", Manifest(version, sent))()

@@ -10,7 +10,7 @@ A chunk is acknowledged before the next is sent, so memory is bounded by a chunk
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -79,7 +79,7 @@ class ByValue:
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def send(self, chunk: Chunk, post: Post) -> None:
+    def send(self, chunk: Chunk, post: Post) -> Callable[[], Any]:
         layout = Layout.of(chunk.tensors)
         device = self._device(chunk)
         if len(self._buffer) < layout.num_bytes or self._buffer.device != device:  # one tensor may exceed a chunk
@@ -91,7 +91,7 @@ class ByValue:
         buffer = self._buffer[: layout.num_bytes]
         wait = post("receive_weights", Packed(chunk.version, chunk.names, layout, self._carried(buffer)))
         self._move(buffer)
-        wait()
+        return wait
 
     def _device(self, chunk: Chunk) -> torch.device:
         return torch.device("cpu")

@@ -64,8 +64,8 @@ class SmallChunks(ByReference):
     def __init__(self, alter: Callable[[Chunk], Chunk]) -> None:
         self.alter = alter
 
-    def send(self, chunk: Chunk, post: Post) -> None:
-        super().send(self.alter(chunk), post)
+    def send(self, chunk: Chunk, post: Post) -> Callable[[], Any]:
+        return super().send(self.alter(chunk), post)
 
 
 def sync_is_good(session: tuple[Any, LocalPool, NativeEngine], version: int) -> None:

@@ -37,9 +37,9 @@ class SmallChunks(ByReference):
         self.alter = alter
         self.sent = 0
 
-    def send(self, chunk: Chunk, post: Post) -> None:
+    def send(self, chunk: Chunk, post: Post) -> Callable[[], Any]:
         self.sent += 1
-        super().send(self.alter(chunk), post)
+        return super().send(self.alter(chunk), post)
 
 
 @pytest.fixture

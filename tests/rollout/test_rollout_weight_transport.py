@@ -62,7 +62,7 @@ def test_layouts_are_aligned_and_do_not_overlap() -> None:
 
 def test_by_value() -> None:
     engine = Posted()
-    ByValue().send(CHUNK, engine.post)
+    ByValue().send(CHUNK, engine.post)()
     assert is_equal(engine.opened)
     assert engine.messages[0].names == CHUNK.names and engine.messages[0].version == 4
 
@@ -85,15 +85,15 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[int, Tensor]:
 def test_one_staging_buffer_serves_every_chunk(table: dict[int, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     link, engine = CudaIpc(), Posted()
     link.chunk_bytes = 4096
-    link.send(CHUNK, engine.post)
+    link.send(CHUNK, engine.post)()
     first = engine.opened
-    link.send(Chunk(4, ["zeros"], [torch.zeros(500)]), engine.post)
+    link.send(Chunk(4, ["zeros"], [torch.zeros(500)]), engine.post)()
     assert is_equal(first), "vLLM may still hold the tensors of an earlier chunk"
     assert len(table) == 1, "one export for all chunks"
-    link.send(Chunk(4, ["large"], [torch.ones(5000)]), engine.post)
+    link.send(Chunk(4, ["large"], [torch.ones(5000)]), engine.post)()
     assert len(table) == 2 and torch.equal(engine.opened[0], torch.ones(5000)), "a tensor larger than a chunk"
     link.close()
-    link.send(CHUNK, engine.post)
+    link.send(CHUNK, engine.post)()
     assert len(table) == 3 and is_equal(engine.opened), "the next sync has a buffer of its own"
 
 
@@ -103,11 +103,11 @@ def test_a_buffer_is_mapped_once_per_export(table: dict[int, Tensor], monkeypatc
     link, engine = CudaIpc(), Posted()
     link.chunk_bytes = 4096
     for _ in range(3):
-        link.send(CHUNK, engine.post)
+        link.send(CHUNK, engine.post)()
     assert mapped == [(0,)], "each mapping is counted against the one export"
     engine.mailbox.close()
     link.close()
-    link.send(CHUNK, engine.post)
+    link.send(CHUNK, engine.post)()
     assert mapped == [(0,), (1,)]
 
 
@@ -115,7 +115,7 @@ def test_another_gpu_is_refused(table: dict[int, Tensor], monkeypatch: pytest.Mo
     engine = Posted()
     monkeypatch.setattr(transport, "gpu_of", lambda device: "GPU-b")
     with pytest.raises(ValueError, match="on GPU GPU-a, the engine is on GPU-b: CUDA IPC needs one GPU"):
-        CudaIpc().send(CHUNK, engine.post)
+        CudaIpc().send(CHUNK, engine.post)()
 
 
 def test_broadcasts_reach_every_engine() -> None:
