@@ -65,10 +65,10 @@ class Counting(ByReference):
         self.names.append([])
         self.num_bytes.append(0)
 
-    def send(self, chunk: Chunk, post: Post) -> None:
+    def send(self, chunk: Chunk, post: Post) -> Callable[[], Any]:
         self.names[-1] += chunk.names
         self.num_bytes[-1] += sum(tensor.nbytes for tensor in chunk.tensors)
-        super().send(chunk, post)
+        return super().send(chunk, post)
 
 
 @pytest.fixture
