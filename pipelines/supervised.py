@@ -114,7 +114,7 @@ class _Run:
             if first:
                 bar.advance("resumed", steps=first)
             elif len(self.heldout):
-                self._judge(0)
+                console.print(f"held-out loss before training: {self._judge(0)['loss/heldout']:.4f}")
             started, before = time.perf_counter(), self.tokens
             for step in range(first, self.total):
                 if self._is_over:
