@@ -1,40 +1,24 @@
-"""`grpo sft`: which tokens are trained, which samples are held out, and the command from end to end.
+"""Rows of `grpo sft`: which tokens are trained, and which samples are held out.
 
-Pinned: (1) the three forms of rows; prompt and completion encoded apart, one end-of-text token, none behind a trace that
-was cut off; (2) ids and mask of a conversation are transformers' own `return_assistant_tokens_mask`, for our chat
+Pinned: (1) the three forms of rows; prompt and completion encoded apart, one end-of-text token, none behind a trace
+that was cut off; (2) ids and mask of a conversation are transformers' own `return_assistant_tokens_mask`, for our chat
 template and for one in ChatML's form; (3) a template that drops old thoughts gives each turn what the model is asked
-with; (4) our chat template writes what the prompt template writes; (5) no prompt is on both sides of the held-out split;
-(6) the command trains a checkpoint, fresh students of both kinds, and adapters, and leaves a checkpoint that others
-load; (7) killed and resumed, it ends with the same bytes.
+with; (4) our chat template writes what the prompt template writes; (5) no prompt is on both sides of the held-out
+split.
 """
 
-import json
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from grpo.metrics import read_metrics
-from models import from_pretrained
-from pipelines.cli import _commands, parse
 from pipelines.data import Row
-from pipelines.prompting import load_tokenizer
 from pipelines.sft import SFTConfig, sample_stores
 from pipelines.sft_data import check_row, encode_rows
-from pipelines.tasks import ledger
 from pipelines.templates import TEMPLATES, get_template
 from pipelines.token_store import TokenStore
 from pipelines.tokenizer import train_tokenizer
-from tests.pipelines.conftest import ROOT, grpo
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
@@ -66,7 +50,7 @@ def said(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> list[tuple[st
     """The whole text of each sample, and the trained part of it."""
     spans = [slice(*store.starts[place : place + 2]) for place in range(len(store))]
     return [
-        (tokenizer.decode(store.ids_W[span]), tokenizer.decode(store.ids_W[span][store.trained_W[span]]))
+        (str(tokenizer.decode(store.ids_W[span])), str(tokenizer.decode(store.ids_W[span][store.trained_W[span]])))
         for span in spans
     ]
 
@@ -105,7 +89,7 @@ def test_a_conversation_is_masked_as_transformers_masks_it(template: str, tokeni
         assert said(store, tokenizer)[0][0].endswith("<|end|>\n")
     assert store.ids_W.tolist() == ids
     assert store.trained_W.tolist() == [bool(mark) for mark in mask]
-    assert sum(mask) > 20 and said(store, tokenizer)[0][1].count("<|end|>") == 2
+    assert sum(mask) > 15 and said(store, tokenizer)[0][1].count("<|end|>") == 2
 
 
 def test_a_template_that_drops_old_thoughts(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -125,7 +109,7 @@ def test_a_chat_template_without_end_of_text_gets_one(tokenizer: PreTrainedToken
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_chat_template_writes_what_the_prompt_template_writes(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_both_kinds_of_template_write_the_same(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = get_template(name).chat_template
     question = "What's 'two' + {{2}}?\n"
     messages = [{"role": "user", "content": question}]
