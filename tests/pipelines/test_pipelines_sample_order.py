@@ -1,8 +1,8 @@
 """The order of samples, and the arrays they lie in.
 
 Pinned: (1) every sample once per epoch, also where an epoch ends within a step; the same seed gives the same order;
-(2) steps of a number of tokens are full to the last sample that fits, and lose none; (3) under a curriculum no sample is
-longer than the limit, which grows to the longest at its end, and at first there are no more than a step takes; (4)
+(2) steps of a number of tokens are full to the last sample that fits, and lose none; (3) under a curriculum no sample
+is longer than the limit, which grows to the longest at its end, and at first there are no more than a step takes; (4)
 micro-batches hold each sample once, within the budget; (5) a batch has the loss positions of `grpo.packing.pack`.
 """
 
