@@ -115,14 +115,14 @@ class _Run:
                 bar.advance("resumed", steps=first)
             elif len(self.heldout):
                 console.print(f"held-out loss before training: {self._judge(0)['loss/heldout']:.4f}")
-            started, before = time.perf_counter(), self.tokens
             for step in range(first, self.total):
                 if self._is_over:
                     break
-                metrics = self.learner.update(self.store, next(order))
+                places, started = next(order), time.perf_counter()
+                metrics = self.learner.update(self.store, places)
+                metrics["speed/tokens_per_s"] = metrics["data/tokens"] / (time.perf_counter() - started)
                 self.tokens += int(metrics["data/tokens"])
                 self.loss = metrics["loss/train"]
-                metrics["speed/tokens_per_s"] = (self.tokens - before) / (time.perf_counter() - started)
                 if len(self.heldout) and self._evaluates_after(step + 1):
                     metrics |= self._judge(step + 1)
                 self._tell(bar, step, metrics, logger)
