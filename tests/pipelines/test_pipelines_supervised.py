@@ -93,14 +93,16 @@ def test_a_step_is_that_of_adamw(folder: Path) -> None:
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     model, store = from_pretrained(folder), store_of(some)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    config = SupervisedConfig(lr=1e-3, weight_decay=0.1, grad_clip=norm.item() / 2, lr_decay="constant")
+    config = SupervisedConfig(lr=1e-3, weight_decay=50.0, grad_clip=norm.item() / 2, lr_decay="constant")
     metrics = SupervisedLearner(model, config, total_steps=1).update(store, range(len(store)))
     assert metrics["optimizer/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     for name, after in model.named_parameters():
         if name not in gradients:
             continue
         clipped = gradients[name] / 2
-        wanted = before[name] * (1 - 1e-3 * (0.1 if after.dim() > 1 else 0.0)) - 1e-3 * clipped / (clipped.abs() + 1e-8)
+        wanted = before[name] * (1 - 1e-3 * (50.0 if after.dim() > 1 else 0.0)) - 1e-3 * clipped / (
+            clipped.abs() + 1e-8
+        )
         certain = clipped.abs() > 1e-5  # the step of a tiny gradient is its sign, which rounding decides
         torch.testing.assert_close(after[certain], wanted[certain], rtol=1e-3, atol=1e-5, msg=name)
 
@@ -123,7 +125,9 @@ def test_small_updates_of_bfloat16_weights_add_up(folder: Path) -> None:
 def test_early_stopping_keeps_the_best_weights(folder: Path, tmp_path: Path) -> None:
     train, heldout = samples(8, seed=4), samples(30, seed=5)
     model = from_pretrained(folder)
-    config = SupervisedConfig(steps=400, samples_per_step=8, lr=3e-3, eval_every=4, patience=3, lr_decay="constant")
+    config = SupervisedConfig(
+        steps=400, samples_per_step=8, lr=3e-3, eval_every=4, patience=3, save_every=5, lr_decay="constant"
+    )
     result = train_supervised(model, train, config, heldout=heldout, run_dir=tmp_path)
     curve = {row["step"] + 1: row["loss/heldout"] for row in read_metrics(tmp_path) if "loss/heldout" in row}
     assert result.stopped_early and result.steps == result.best_step + 12 < 400, (
@@ -131,6 +135,11 @@ def test_early_stopping_keeps_the_best_weights(folder: Path, tmp_path: Path) -> 
     )
     assert result.best_step == min(curve, key=curve.__getitem__) and result.heldout_loss == min(curve.values())
     kept = SupervisedLearner(model, config, total_steps=1).loss(store_of(heldout))
+    resumed = from_pretrained(folder)  # from a checkpoint after the best step
+    again = train_supervised(resumed, train, replace(config, resume=True), heldout=heldout, run_dir=tmp_path)
+    assert again == result
+    for (name, one), (_, other) in zip(hf_tensors(model), hf_tensors(resumed), strict=True):
+        assert torch.equal(one, other), name
     assert kept == pytest.approx(result.heldout_loss, rel=1e-6) and kept < curve[result.steps]
 
 
