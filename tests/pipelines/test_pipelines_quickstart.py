@@ -25,7 +25,7 @@ from tests.pipelines.conftest import Outcome, grpo
 
 TINY = (
     "--seed", 3, "--num-documents", 400, "--num-prompts", 40, "--num-heldout", 24,
-    "--pretrain.steps", 12, "--pretrain.documents-per-step", 32, "--pretrain.num-threads", 1,
+    "--pretrain.steps", 12, "--pretrain.samples-per-step", 32, "--pretrain.num-threads", 1,
     "--zero.trainer.steps", 2, "--zero.trainer.prompts-per-step", 4, "--zero.trainer.completions-per-prompt", 4,
     "--zero.trainer.log-groups-every", 1, "--zero.num-threads", 1, "--zero.engine.transport", "local",
     "--zero.engine.num-engines", 1,
