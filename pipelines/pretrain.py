@@ -1,39 +1,41 @@
 """Pretraining from text: trains a tokenizer and a model from nothing and writes a Hugging Face checkpoint.
 
     grpo pretrain --data corpus.jsonl --out base
+    grpo pretrain --data corpus.jsonl --out base --architecture mini --vocab-size 16384 --dtype bfloat16 \
+        --epochs 1 --steps 0 --tokens-per-step 524288 --token-budget 65536 --heldout-share 0.002 --save-every 500
 
-Each line of the data is an object with the field `text`; every token of every document is trained on.
+Each line of the data is an object with the field `text`; every token of every document is trained on. The run folder
+holds config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/ if asked, and at the end model/.
 """
 
 import random
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo.batch import MicroBatch, TrainingSample
-from grpo.packing import pack
-from grpo.schedule import learning_rate
-from models import DeepseekV3ForCausalLM, build_model, find_config
-from models.balance import count_experts, load_metrics, update_correction_bias
-from models.checkpoint import replace_folder, write_checkpoint
-from models.head import linear_cross_entropy
-from models.moe import Routing
-from models.mtp import mtp_loss, prediction_routers
-from pipelines.config import write_config
-from pipelines.console import console, progress_bar
+from models import CausalLM, DeepseekV3ForCausalLM
+from models.auto import checkpoint_layers
+from models.checkpoint import replace_folder
+from pipelines.console import console
 from pipelines.data import Row, load_rows
+from pipelines.prompting import load_tokenizer, stop_token
+from pipelines.run_folder import open_run_folder
+from pipelines.students import build_student, describe, longest_sequence, write_student
+from pipelines.supervised import train_supervised
+from pipelines.supervised_config import SupervisedConfig
 from pipelines.templates import get_template
-from pipelines.tokenizer import train_tokenizer
+from pipelines.token_store import TokenStore
+from pipelines.tokenizer import encode_texts, train_tokenizer
 
 _TOKENIZER_DOCUMENTS = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(SupervisedConfig):
     """`grpo pretrain`: a base model from text."""
 
     data: str
@@ -41,42 +43,37 @@ class PretrainConfig:
     split: str = "train"
     """Split of a hub data set."""
     out: str
-    """Folder of the new checkpoint."""
+    """Run folder; the checkpoint is its model/."""
     architecture: str = "tiny"
-    """A named size, or a folder whose config.json gives the sizes."""
+    """A named size, or a folder whose config.json gives the sizes, of our model or of a dense one of transformers."""
+    tokenizer: str = ""
+    """Folder of a tokenizer to take, so that models can share one; empty to train one on the text."""
     vocab_size: int = 512
-    """Largest vocabulary of the tokenizer."""
+    """Largest vocabulary of a trained tokenizer."""
     single_token_templates: tuple[str, ...] = ()
-    """Prompt templates whose constant opening becomes one token of the vocabulary."""
-    steps: int = 700
-    """Optimizer steps."""
-    documents_per_step: int = 128
-    """Documents in one optimizer step."""
-    lr: float = 4e-3
-    """Peak learning rate of AdamW, after the warm-up; falls as a cosine."""
-    warmup_steps: int = 50
-    """Steps over which the learning rate rises."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled weight decay."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm."""
-    balance_speed: float = 1e-3
-    """Change per step of the router's correction bias, which keeps the experts evenly loaded; 0 leaves it alone."""
-    mtp_weight: float = 0.0
-    """Weight of the loss of the multi-token-prediction modules, for an architecture that has some; DeepSeek-V3: 0.3."""
-    token_budget: int = 8192
-    """Tokens in one micro-batch."""
+    """Prompt templates whose constant opening becomes one token of a trained tokenizer's vocabulary."""
+    max_length: int = 0
+    """Tokens after which a document is cut, the rest being another one; 0 for as many as the model has positions and a
+    micro-batch takes."""
+    heldout_share: float = 0.0
+    """Share of the documents that is kept for the held-out loss."""
     max_bad_share: float = 0.01
     """Share of malformed rows that may be skipped."""
-    num_threads: int = 1
-    """CPU threads; a second one pays for larger models and on idle cores only."""
-    seed: int = 0
-    """Of the weights and of the order of documents."""
+    steps: int = 700
+    samples_per_step: int = 128
+    lr: float = 4e-3
+    warmup_steps: int = 50
+    final_lr_share: float = 0.05
+    weight_decay: float = 0.01
+    decay_vectors: bool = True
+    balance_speed: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name in ("steps", "documents_per_step", "token_budget", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        super().__post_init__()
+        if not 0 <= self.heldout_share < 1:
+            raise ValueError(f"heldout_share must be at least 0 and below 1, got {self.heldout_share}")
+        if not 0 <= self.max_length <= self.token_budget:
+            raise ValueError(f"max_length={self.max_length} must be between 0 and token_budget={self.token_budget}")
 
 
 def check_text(row: Row) -> str | None:
@@ -85,109 +82,63 @@ def check_text(row: Row) -> str | None:
 
 def run_pretrain(config: PretrainConfig) -> Path:
     """The whole of `grpo pretrain`; the folder of the checkpoint."""
-    if not config.out:
-        raise ValueError("no folder given for the checkpoint: add --out")
-    if Path(config.out).exists():
-        raise ValueError(f"{config.out} exists already; choose another --out")
     torch.set_num_threads(config.num_threads)
     rows = load_rows(
         config.data, split=config.split, check=check_text, max_bad_share=config.max_bad_share, report=console.print
     )
     texts = [row.row["text"] for row in rows]
-    phrases = [get_template(name).preamble for name in config.single_token_templates]
-    tokenizer = train_tokenizer(texts[:_TOKENIZER_DOCUMENTS], config.vocab_size, phrases)
-    end = tokenizer.eos_token_id
-    documents = [[*ids, end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    assert isinstance(end, int) and isinstance(tokenizer.pad_token_id, int)
-    sizes = find_config(config.architecture)
-    sizes = sizes.with_vocabulary(len(tokenizer), bos=None, eos=end, pad=tokenizer.pad_token_id)
-    model = build_model(sizes, seed=config.seed)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = sum(map(len, documents))
-    console.print(
-        f"{len(documents):,} documents, {tokens:,} tokens, vocabulary {len(tokenizer)}; model of {parameters:,} "
-        f"parameters, {model.config.n_routed_experts} routed experts a layer"
-    )
-    train(model, documents, config)
-    return save_base(model, tokenizer, config)
-
-
-def train(model: DeepseekV3ForCausalLM, documents: list[list[int]], config: PretrainConfig) -> None:
-    """Next-token prediction with AdamW; the router's bias follows the load of each whole batch.
-
-    Raises ValueError if `mtp_weight` and the model's prediction modules do not go together.
-    """
-    depths = model.config.num_nextn_predict_layers
-    if config.mtp_weight < 0 or (config.mtp_weight > 0) != (depths > 0):
-        raise ValueError(
-            f"mtp_weight={config.mtp_weight} for an architecture with {depths} prediction modules: with modules it "
-            "must be positive, without it must be 0 (num_nextn_predict_layers in config.json)"
-        )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    batches = document_batches(documents, config.documents_per_step, config.seed)
-    routers = model.routers() | prediction_routers(model)
-    started, tokens = time.perf_counter(), 0
-    with progress_bar("pretraining", config.steps) as bar:
-        for step in range(config.steps):
-            samples = [
-                TrainingSample(
-                    token_ids=ids, loss_mask=[False] + [True] * (len(ids) - 1), sampling_logprobs=[0.0] * len(ids)
-                )
-                for ids in next(batches)
-            ]
-            counts_LE = {layer: torch.zeros(model.config.n_routed_experts) for layer in routers}
-            loss = 0.0
-            for batch in pack(samples, config.token_budget, "token"):
-                batch_loss, routing = _backward(model, batch, config.mtp_weight)
-                loss += batch_loss
-                tokens += len(batch.ids_T)
-                for layer, routed in routing.items():
-                    counts_LE[layer] += count_experts(routed)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    step, peak=config.lr, warmup_steps=config.warmup_steps, total_steps=config.steps, decay="cosine"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            for layer, router in routers.items():
-                update_correction_bias(router, counts_LE[layer], config.balance_speed)
-            used = load_metrics(counts_LE)["moe/experts_used"] if counts_LE else 1.0
-            rate = tokens / (time.perf_counter() - started)
-            bar.advance(f"loss {loss:.3f}  experts in use {used:.0%}  {rate:,.0f} tokens/s")
-
-
-def _backward(model: DeepseekV3ForCausalLM, batch: MicroBatch, mtp_weight: float) -> tuple[float, dict[int, Routing]]:
-    """Adds a micro-batch's gradient; its next-token loss and how each layer routed it, prediction modules included."""
-    output = model(batch.ids_T, batch.layout)
-    predictors_ND = output.hidden_TD.index_select(0, batch.predictors_N)
-    loss = linear_cross_entropy(predictors_ND, model.lm_head.weight, batch.targets_N, batch.weights_N)
-    if not mtp_weight:
-        loss.backward()
-        return loss.item(), output.routing
-    target_weights_T = torch.zeros(len(batch.ids_T)).index_copy(0, batch.predictors_N + 1, batch.weights_N)
-    extra_loss, extra_routing = mtp_loss(
-        model, output, batch.ids_T, batch.layout, weight=mtp_weight, target_weights_T=target_weights_T
-    )
-    (loss + extra_loss).backward()
-    return loss.item(), output.routing | extra_routing
-
-
-def document_batches(documents: list[list[int]], size: int, seed: int) -> Iterator[list[list[int]]]:
-    """Endless batches; every document once per epoch, each epoch in its own order."""
-    rng = random.Random(f"documents {seed}")
-    if size > len(documents):
-        raise ValueError(f"documents_per_step={size} exceeds the {len(documents)} documents of the data")
-    while True:
-        order = rng.sample(range(len(documents)), len(documents))
-        for start in range(0, len(order) - size + 1, size):
-            yield [documents[i] for i in order[start : start + size]]
-
-
-def save_base(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig) -> Path:
     out = Path(config.out)
-    with replace_folder(out) as fresh:
-        write_checkpoint(model, fresh)
-        tokenizer.save_pretrained(str(fresh))
-        write_config(config, fresh / "pretrain.json")
-    return out
+    open_run_folder(config, out)
+    tokenizer = base_tokenizer(config, texts, out / "tokenizer")
+    model = build_student(
+        config.architecture, tokenizer, seed=config.seed, dtype=config.torch_dtype, device=config.torch_device
+    )
+    check_predictors(model, config)
+    if config.checkpoint_layers:
+        checkpoint_layers(model)
+    longest = config.max_length or longest_sequence(model, config.token_budget)
+    documents, heldout = text_stores(texts, tokenizer, longest, config.heldout_share, config.seed)
+    console.print(
+        f"{len(texts):,} documents in {len(documents) + len(heldout):,} pieces, {len(documents.ids_W):,} tokens to "
+        f"train, {len(heldout.ids_W):,} held out, vocabulary {len(tokenizer)}; {describe(model)}",
+        soft_wrap=True,
+    )
+    train_supervised(model, documents, config, heldout=heldout, run_dir=out, title="pretraining")
+    return write_student(model, tokenizer, out / "model")
+
+
+def base_tokenizer(config: PretrainConfig, texts: Sequence[str], folder: Path) -> PreTrainedTokenizerBase:
+    """The one given, the one of the run to be resumed, or a new one, which is kept in `folder`."""
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer)
+    if not folder.exists():
+        phrases = [get_template(name).preamble for name in config.single_token_templates]
+        trained = train_tokenizer(texts[:_TOKENIZER_DOCUMENTS], config.vocab_size, phrases)
+        with replace_folder(folder) as fresh:
+            trained.save_pretrained(str(fresh))
+    return load_tokenizer(str(folder))
+
+
+def check_predictors(model: CausalLM, config: PretrainConfig) -> None:
+    """Raises ValueError if prediction modules would stay as random as they are."""
+    depths = model.config.num_nextn_predict_layers if isinstance(model, DeepseekV3ForCausalLM) else 0
+    if depths and not config.mtp_weight:
+        raise ValueError(
+            f"mtp_weight=0 for {config.architecture} with {depths} prediction modules, which would stay random: "
+            "DeepSeek-V3 took 0.3; or build a model without them (num_nextn_predict_layers in config.json)"
+        )
+
+
+def text_stores(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, longest: int, heldout_share: float, seed: int
+) -> tuple[TokenStore, TokenStore]:
+    """Training and held-out documents, each ending with end-of-text, cut into pieces of `longest` tokens."""
+    end = np.array([stop_token(tokenizer)], np.int32)
+    documents = [np.concatenate([ids, end]) for ids in encode_texts(tokenizer, texts)]
+    held = set(random.Random(f"heldout {seed}").sample(range(len(documents)), round(heldout_share * len(documents))))
+    parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for place, ids in enumerate(documents):
+        parts[place in held].extend(ids[start : start + longest] for start in range(0, len(ids), longest))
+    # A piece of one token has nothing to train.
+    training, heldout = (TokenStore.of_texts([piece for piece in pieces if len(piece) > 1]) for pieces in parts)
+    return training, heldout

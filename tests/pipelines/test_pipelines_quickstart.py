@@ -25,7 +25,7 @@ from tests.pipelines.conftest import Outcome, grpo
 
 TINY = (
     "--seed", 3, "--num-documents", 400, "--num-prompts", 40, "--num-heldout", 24,
-    "--pretrain.steps", 12, "--pretrain.documents-per-step", 32, "--pretrain.num-threads", 1,
+    "--pretrain.steps", 12, "--pretrain.samples-per-step", 32, "--pretrain.num-threads", 1,
     "--zero.trainer.steps", 2, "--zero.trainer.prompts-per-step", 4, "--zero.trainer.completions-per-prompt", 4,
     "--zero.trainer.log-groups-every", 1, "--zero.num-threads", 1, "--zero.engine.transport", "local",
     "--zero.engine.num-engines", 1,
@@ -97,7 +97,7 @@ def test_the_summary_has_the_numbers_on_disk(out: Path, summary: dict[str, Any])
 
 
 def test_models_and_data_are_left_behind(out: Path, outcome: Outcome) -> None:
-    for folder in ("base", "zero/model"):
+    for folder in ("base/model", "zero/model"):
         assert load_pretrained(out / folder).config.n_routed_experts > 1
     questions = {
         name: [json.loads(line)["question"] for line in (out / "data" / f"{name}.jsonl").read_text().splitlines()]
