@@ -1,6 +1,6 @@
 """On-policy distillation through the command line, from one tiny model into another.
 
-Pinned: (1) the student comes closer to the teacher on its own samples, with the teacher served by an engine and with its
+Pinned: (1) the student comes closer to the teacher on its own samples, with a teacher served by an engine and with its
 whole distribution, with and without traces; (2) the rewards' advantages are added where asked for; (3) a run that lost
 its last checkpoint goes on to the same numbers; (4) input that makes no sense is refused with the remedy, before a
 folder is made.
