@@ -26,7 +26,8 @@ from pipelines.console import console
 from pipelines.data import Row, load_rows
 from pipelines.prompting import load_tokenizer, stop_token
 from pipelines.teacher import SampledTeacher, WholeTeacher, check_same_tokenizer
-from pipelines.zero import ZeroConfig, device_of, prepare, serve_rank, train
+from pipelines.zero import device_of, prepare, serve_rank, train
+from pipelines.zero_config import ZeroConfig
 from rollout.engine import EngineConfig
 from rollout.pool import EnginePool, build_pool
 
