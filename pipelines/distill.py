@@ -153,7 +153,7 @@ def served_teacher(config: OnPolicyConfig, pool: EnginePool | None) -> Iterator[
 def whole_teacher(config: OnPolicyConfig, tokenizer: PreTrainedTokenizerBase) -> WholeTeacher:
     """The teacher as a frozen model on the learner's device, in the learner's dtype."""
     dtype = getattr(torch, config.dtype)
-    model = from_pretrained(config.teacher, dtype=dtype, device=device_of(config)).requires_grad_(False)
+    model = from_pretrained(config.teacher, dtype=dtype, device=device_of(config.device)).requires_grad_(False)
     return WholeTeacher(
         model=model,
         beta=config.beta,
