@@ -4,6 +4,8 @@
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
     grpo distill on-policy --model STUDENT --teacher TEACHER [--config FILE.yaml] [--resume]
+    grpo dpo --model DIR --data PAIRS.jsonl [--out DIR] [--resume]
+    grpo reward-model --model DIR --data PAIRS.jsonl [--out DIR] [--resume]
     grpo replay RUN --step N [--last M] [--out DIR]
     grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
@@ -56,10 +58,12 @@ def _commands() -> dict[str, Command]:
     from pipelines.doctor import DoctorConfig, run_doctor
     from pipelines.evaluate import EvalConfig, run_eval
     from pipelines.model_info import ModelInfoConfig, run_model_info
+    from pipelines.preference import DPOConfig, run_dpo
     from pipelines.pretrain import PretrainConfig, run_pretrain
     from pipelines.quickstart import QuickstartConfig, run_quickstart
     from pipelines.recipes import PRETRAIN_RECIPES, ZERO_RECIPES
     from pipelines.replay import ReplayConfig, run_replay
+    from pipelines.reward_model import RewardModelConfig, run_reward_model
     from pipelines.zero import ZeroConfig, run_zero
 
     return {
@@ -76,6 +80,12 @@ def _commands() -> dict[str, Command]:
             config=OnPolicyConfig,
             recipes={"on-policy": lambda: OnPolicyConfig(model="", teacher="")},
             run=run_on_policy,
+        ),
+        "dpo": Command(config=DPOConfig, recipes={"default": lambda: DPOConfig(model="", data="")}, run=run_dpo),
+        "reward-model": Command(
+            config=RewardModelConfig,
+            recipes={"default": lambda: RewardModelConfig(model="", data="")},
+            run=run_reward_model,
         ),
         "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
         "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),
