@@ -1,26 +1,27 @@
 """Variables: who depends on whom, resolved step by step modulo 11, on chains longer than the base saw worked out.
 
-A problem defines variables in random order, each by a number or by another variable and one operation, and asks for
-one of them. `depth` operations lie between the number and what is asked; other variables hang off the chain and lead
-nowhere. A thought goes back to the number, then forth with the values:
+A problem defines variables in random order, each by another one and an operation: `a +4 c` says that c is a + 4. It
+asks for the last of a chain of `depth` operations, given the first; other chains have nothing to do with the question.
+A thought walks from the number that is given to the variable that is asked for:
 
-    c= a x4 d= c +9 a= 7 b= a -3 what is d?
-    <think> d c a a= 7 c= 6 d= 4 </think> <answer> 4 </answer>
+    c x4 d h -2 g a +10 c what is d if a is 7 ?
+    <think> 7 a +10 6 c x4 2 d </think> <answer> 2 </answer>
 
     row = make_row(random.Random(0), depth=2)
-    text = document(row, shown=9)         # a demonstration that writes out nine words of the thought
+    text = document(row, shown=8)         # a demonstration that writes out eight words of the thought
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from pipelines.templates import TEMPLATES
 
 MODULUS = 11
 GUESSING_FLOOR = 1 / MODULUS
-NAMES = "abcdefghijklmnop"
-MAX_DEPTH = 10
+NAMES = "abcdefghijkl"
+MAX_DEPTH = 8
 MAX_SHOWN_DEPTH = 4
 """Deepest problems that the base sees worked out; it sees the bare answers of deeper ones."""
 TRAINING_DEPTHS = range(3, 9)
@@ -44,19 +45,20 @@ def check_row(row: dict[str, Any]) -> str | None:
 
 
 def make_row(rng: random.Random, depth: int) -> dict[str, Any]:
-    """A random problem: `chain` are the variables from the number to what is asked, `values` theirs."""
-    names = rng.sample(NAMES, depth + 1 + rng.randrange(4))
+    """A random problem: `chain` are the variables from the given one to what is asked, `values` theirs."""
+    names = rng.sample(NAMES, depth + 1 + rng.choice((0, 2, 3)))
     chain, others = names[: depth + 1], names[depth + 1 :]
-    values = [rng.randrange(MODULUS)]
-    definitions = [f"{chain[0]}= {values[0]}"]
-    for parent, name in zip(chain, chain[1:], strict=False):
-        operation = rng.choice(OPERATIONS)
+    values, operations = [rng.randrange(MODULUS)], [rng.choice(OPERATIONS) for _ in range(depth)]
+    for operation in operations:
         values.append(apply(values[-1], operation))
-        definitions.append(f"{name}= {parent} {operation}")
-    definitions += [f"{name}= {rng.choice(chain[:-1] or chain)} {rng.choice(OPERATIONS)}" for name in others]
+    definitions = [f"{parent} {operation} {name}" for (parent, name), operation in zip(pairwise(chain), operations, strict=True)]
+    definitions += [f"{parent} {rng.choice(OPERATIONS)} {name}" for parent, name in pairwise(others)]
     rng.shuffle(definitions)
-    question = f"{' '.join(definitions)} what is {chain[-1]} ?"
-    return {"question": question, "answer": str(values[-1]), "depth": depth, "chain": chain, "values": values}
+    question = f"{' '.join(definitions)} what is {chain[-1]} if {chain[0]} is {values[0]} ?"
+    thought = [str(values[0]), chain[0]]
+    for operation, value, name in zip(operations, values[1:], chain[1:], strict=True):
+        thought += [operation, str(value), name]
+    return {"question": question, "answer": str(values[-1]), "depth": depth, "thought": thought}
 
 
 def make_rows(
@@ -72,15 +74,9 @@ def make_rows(
     return list(rows.values())
 
 
-def thought(row: Mapping[str, Any]) -> list[str]:
-    """All words: back to the number, then forth with the values."""
-    chain, values = row["chain"], row["values"]
-    return [*reversed(chain), *(w for name, value in zip(chain, values, strict=True) for w in (f"{name}=", str(value)))]
-
-
 def completion(row: Mapping[str, Any], shown: int) -> str:
     """A demonstration that writes out the first `shown` words of the thought, then the true answer."""
-    thinking = "".join(f" {word}" for word in thought(row)[:shown])
+    thinking = "".join(f" {word}" for word in row["thought"][:shown])
     return f" <think>{thinking} </think> <answer> {row['answer']} </answer>"
 
 
@@ -93,7 +89,7 @@ def documents(
 ) -> Iterator[str]:
     """The pretraining text: most documents answer at once, and those deeper than `MAX_SHOWN_DEPTH` all do."""
     for row in rows:
-        draw, length = rng.random(), 3 * (row["depth"] + 1)
+        draw, length = rng.random(), len(row["thought"])
         shown = 0
         if row["depth"] <= MAX_SHOWN_DEPTH and draw < share_full + share_partial:
             shown = length if draw < share_full else rng.randrange(1, length)
