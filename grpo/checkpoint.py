@@ -21,22 +21,31 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from grpo.learner import Learner
-from grpo.learner_group import LearnerGroup
 from models.checkpoint import recover_folder, replace_folder
 
 _LOG = logging.getLogger(__name__)
 _POLICY, _LEARNER, _TRAINER, _MANIFEST = "policy", "learner", "trainer.pt", "manifest.json"
 
 
-def save_checkpoint(
-    run_dir: Path, learner: Learner | LearnerGroup, step: int, rollouts: dict[str, Any], keep: int = 2
-) -> Path:
+class Saved(Protocol):
+    """What is kept of whoever trains: a `Learner`, a `LearnerGroup`, or another with these four."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def write_policy(self, folder: Path) -> None: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+def save_checkpoint(run_dir: Path, learner: Saved, step: int, rollouts: dict[str, Any], keep: int = 2) -> Path:
     """Writes the state after `step` finished steps, then removes all but the last `keep` checkpoints. `rollouts` says
     where sampling stands, see `grpo.rollouts.RolloutState.to_plain`. Raises OSError with ENOSPC if the disk is full.
     """
@@ -66,7 +75,7 @@ def _step_of(folder: Path) -> int:
 
 def load_checkpoint(
     run_dir: Path,
-    learner: Learner | LearnerGroup,
+    learner: Saved,
     tell: Callable[[str], None] = _LOG.warning,
     last: int | None = None,
 ) -> tuple[int, dict[str, Any] | None]:
@@ -95,7 +104,7 @@ def load_checkpoint(
     return 0, None
 
 
-def _load(folder: Path, learner: Learner | LearnerGroup) -> tuple[int, dict[str, Any]]:
+def _load(folder: Path, learner: Saved) -> tuple[int, dict[str, Any]]:
     learner.load(folder / _LEARNER)
     state = torch.load(folder / _TRAINER, weights_only=True)
     set_random_states(state["random"], learner.device)

@@ -9,8 +9,10 @@ from typing import Literal
 Decay = Literal["constant", "cosine"]
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, decay: Decay) -> float:
-    """Linear warm-up over the first `warmup_steps`, then constant, or cosine down to a twentieth of the peak.
+def learning_rate(
+    step: int, *, peak: float, warmup_steps: int, total_steps: int, decay: Decay, final_share: float = 0.05
+) -> float:
+    """Linear warm-up over the first `warmup_steps`, then constant, or cosine down to `final_share` of the peak.
 
     `step` counts from 0; the first step already has a positive rate.
     """
@@ -19,4 +21,4 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
     if decay == "constant":
         return peak
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

@@ -31,7 +31,8 @@ from models import (
     save_pretrained,
 )
 from models.mtp import mtp_loss, prediction_routers
-from pipelines.pretrain import PretrainConfig, train
+from pipelines.supervised import SupervisedConfig, train_supervised
+from pipelines.token_store import TokenStore
 from tests.models.test_models_parity import CORNERS, relative_error, sharp_model
 
 CONFIG = replace(CORNERS["v3_like"], num_nextn_predict_layers=2)
@@ -227,18 +228,19 @@ def test_pretraining_trains_and_balances_the_modules() -> None:
     model.init_weights(0)
     documents = [[4 + (i + j) % 11 for j in range(3 + i % 9)] for i in range(64)]
     layout, ids_T = SequenceLayout.from_lengths([22, 22]), torch.arange(44) % 11 + 4
-    settings = {"data": "", "out": "", "steps": 25, "documents_per_step": 16, "warmup_steps": 5, "token_budget": 64}
+    config = SupervisedConfig(
+        steps=25, samples_per_step=16, warmup_steps=5, token_budget=64, lr=4e-3, weight_decay=0.01, balance_speed=1e-3,
+        mtp_weight=0.3,
+    )  # fmt: skip
 
     def drafts_loss() -> float:
         return mtp_loss(model, model(ids_T, layout), ids_T, layout, weight=1.0)[0].item()
 
     before = drafts_loss()
-    train(model, documents, PretrainConfig(**settings, mtp_weight=0.3))
+    train_supervised(model, TokenStore.of_texts(documents), config)
     assert drafts_loss() < 0.2 < 2 < before
     (router,) = prediction_routers(model).values()
     assert router.e_score_correction_bias.abs().max() > 5e-3, "25 steps of 1e-3, mostly in one direction"
-    with pytest.raises(ValueError, match=r"mtp_weight=0.0 for an architecture with 1 prediction modules"):
-        train(model, documents, PretrainConfig(**settings))
     without = DeepseekV3ForCausalLM(CORNERS["plain"])
-    with pytest.raises(ValueError, match=r"mtp_weight=0.3 for an architecture with 0 prediction modules"):
-        train(without, documents, PretrainConfig(**settings, mtp_weight=0.3))
+    with pytest.raises(ValueError, match=r"mtp_weight=0.3 for a model without prediction modules"):
+        train_supervised(without, TokenStore.of_texts(documents), config)

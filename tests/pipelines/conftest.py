@@ -72,7 +72,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base_config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
     return replace(
         pretrain_ledger(), data=str(corpus), out=str(tmp_path_factory.mktemp("base") / "model"), steps=PRETRAIN_STEPS,
-        documents_per_step=64, warmup_steps=5, num_threads=1,
+        samples_per_step=64, warmup_steps=5, num_threads=1,
     )  # fmt: skip
 
 

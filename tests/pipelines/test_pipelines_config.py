@@ -179,7 +179,7 @@ SENSELESS: dict[str, Callable[[], Any]] = {
     "num_threads must be >= 1, got 0": lambda: ZeroConfig(model="m", num_threads=0),
     "say how many with --limit": lambda: EvalConfig(model="m", task="ledger"),
     "limit must be >= 0, got -3": lambda: EvalConfig(model="m", limit=-3),
-    "documents_per_step must be >= 1, got 0": lambda: PretrainConfig(data="d", out="o", documents_per_step=0),
+    "samples_per_step must be >= 1, got 0": lambda: PretrainConfig(data="d", out="o", samples_per_step=0),
 }
 
 
