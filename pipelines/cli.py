@@ -3,6 +3,7 @@
     grpo quickstart
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
+    grpo distill on-policy --model STUDENT --teacher TEACHER [--config FILE.yaml] [--resume]
     grpo replay RUN --step N [--last M] [--out DIR]
     grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
@@ -51,6 +52,7 @@ class Command:
 def _commands() -> dict[str, Command]:
     """Imported late, so that `grpo --help` does not wait for torch."""
     from pipelines.convert import ConvertConfig, run_convert
+    from pipelines.distill import OnPolicyConfig, run_on_policy
     from pipelines.doctor import DoctorConfig, run_doctor
     from pipelines.evaluate import EvalConfig, run_eval
     from pipelines.model_info import ModelInfoConfig, run_model_info
@@ -69,6 +71,11 @@ def _commands() -> dict[str, Command]:
         ),
         "zero": Command(
             config=ZeroConfig, recipes={"default": lambda: ZeroConfig(model="")} | ZERO_RECIPES, run=run_zero
+        ),
+        "distill": Command(
+            config=OnPolicyConfig,
+            recipes={"on-policy": lambda: OnPolicyConfig(model="", teacher="")},
+            run=run_on_policy,
         ),
         "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
         "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),

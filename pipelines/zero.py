@@ -26,7 +26,7 @@ from grpo.learner import Learner
 from grpo.learner_config import LearnerConfig
 from grpo.learner_group import LearnerGroup, serve
 from grpo.metrics import check_trackers
-from grpo.trainer import GRPOTrainer, TrainerConfig
+from grpo.trainer import GRPOTrainer, Teach, TrainerConfig
 from models import from_pretrained
 from models.auto import checkpoint_layers
 from models.checkpoint import replace_folder, tensor_shapes
@@ -157,7 +157,7 @@ def open_run_folder(config: ZeroConfig, out: Path) -> None:
         return
     if not saved.exists():
         raise FileNotFoundError(f"{out} holds no run to resume (no config.json); start it without --resume")
-    started = flat_fields(read_config(ZeroConfig, saved, default=config))
+    started = flat_fields(read_config(type(config), saved, default=config))
     asked = flat_fields(config)
     free = ("out", "resume", *(name for name in asked if name.startswith("mesh.")))
     changed = [name for name in asked if name not in free and asked[name] != started[name]]
@@ -178,13 +178,18 @@ def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
     return train(prepare(config), pool)
 
 
+def device_of(config: ZeroConfig) -> torch.device:
+    """Where this process's part of the learner works."""
+    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+
+
 def build_learner(config: ZeroConfig) -> Learner:
     """The base checkpoint in training, our model or a dense one of transformers, whole or by adapters; one rank of it
     in a job of several."""
     torch.set_num_threads(config.num_threads)
     total_steps = config.trainer.steps * config.trainer.minibatches
-    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    device = device_of(config)
     mesh = join(config.mesh, device)
     dtype, quantize = getattr(torch, config.dtype), config.lora.quantize_base
     # What is to be sharded never is whole on the device.
@@ -234,7 +239,15 @@ def started_learner(config: ZeroConfig) -> Iterator[Learner | LearnerGroup]:
         group.close()  # not after an error: ranks may be in the middle of something, and end with rank 0
 
 
-def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
+def no_teacher(learner: Learner | LearnerGroup) -> Teach:
+    """The samples teach what their rewards say."""
+    return lambda samples, step: (samples, {})
+
+
+def train(
+    run: PreparedRun, pool: EnginePool | None = None, teacher: Callable[[Learner | LearnerGroup], Teach] = no_teacher
+) -> Path:
+    """The loop, and the trained model; `teacher` may change what is learned from the samples, see distill.py."""
     config = run.config
     console.print(f"engine {config.engine.kind}; {config.trainer.arithmetic()}", soft_wrap=True)
     set_seed(config.trainer.seed % 2**32)  # for rewards and adapters that use the global generators; nothing else does
@@ -248,6 +261,7 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
                     decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
                     on_step=lambda step, metrics: bar.advance(console_line(metrics)),
                     tell=lambda message: console.print(message, style="bold red", soft_wrap=True),
+                    teach=teacher(learner),
                 )  # fmt: skip
                 if trainer.first_step:
                     bar.advance("resumed", steps=trainer.first_step)
@@ -271,6 +285,7 @@ def console_line(metrics: dict[str, float]) -> str:
     """The few numbers worth watching."""
     shown: list[tuple[str, str, Callable[[float], str]]] = [
         ("reward", "reward/mean", lambda x: f"{x:.2f}"),
+        ("KL to teacher", "distill/divergence", lambda x: f"{x:.3f}"),
         ("thinking", "reward/thinking_length", lambda x: f"{x:.1f}"),
         ("tokens", "completion/tokens", lambda x: f"{x:.1f}"),
         ("entropy", "policy/entropy", lambda x: f"{x:.2f}"),
