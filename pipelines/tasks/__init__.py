@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.tasks import countdown_mini, gsm8k, ledger, variables
+from pipelines.tasks import countdown_mini, gsm8k, instructions, ledger, variables
 
 Row = dict[str, Any]
 
@@ -56,6 +56,16 @@ TASKS = {
         accuracy="countdown_answer",
         max_tokens=144,
         make_rows=countdown_mini.make_rows,
+    ),
+    "instructions": Task(
+        name="instructions",
+        question=lambda row: row["question"],
+        check=instructions.check_row,
+        template="r1",
+        rewards=("exact_answer", "0.1*r1_format", "0*thinking_length"),
+        accuracy="exact_answer",
+        max_tokens=32,
+        make_rows=instructions.make_rows,
     ),
     "variables": Task(
         name="variables",

@@ -51,7 +51,9 @@ def make_row(rng: random.Random, depth: int) -> dict[str, Any]:
     values, operations = [rng.randrange(MODULUS)], [rng.choice(OPERATIONS) for _ in range(depth)]
     for operation in operations:
         values.append(apply(values[-1], operation))
-    definitions = [f"{parent} {operation} {name}" for (parent, name), operation in zip(pairwise(chain), operations, strict=True)]
+    definitions = [
+        f"{parent} {operation} {name}" for (parent, name), operation in zip(pairwise(chain), operations, strict=True)
+    ]
     definitions += [f"{parent} {rng.choice(OPERATIONS)} {name}" for parent, name in pairwise(others)]
     rng.shuffle(definitions)
     question = f"{' '.join(definitions)} what is {chain[-1]} if {chain[0]} is {values[0]} ?"
