@@ -59,6 +59,9 @@ def _commands() -> dict[str, Command]:
     from pipelines.model_info import ModelInfoConfig, run_model_info
     from pipelines.pretrain import PretrainConfig, run_pretrain
     from pipelines.quickstart import QuickstartConfig, run_quickstart
+    from pipelines.r1 import run_r1
+    from pipelines.r1_config import R1Config
+    from pipelines.r1_recipes import R1_RECIPES
     from pipelines.recipes import PRETRAIN_RECIPES, SFT_RECIPES, ZERO_RECIPES
     from pipelines.replay import ReplayConfig, run_replay
     from pipelines.sft import SFTConfig, run_sft
@@ -75,6 +78,7 @@ def _commands() -> dict[str, Command]:
         "zero": Command(
             config=ZeroConfig, recipes={"default": lambda: ZeroConfig(model="")} | ZERO_RECIPES, run=run_zero
         ),
+        "r1": Command(config=R1Config, recipes=dict(R1_RECIPES), run=run_r1),
         "distill": Command(
             config=OnPolicyConfig,
             recipes={"on-policy": lambda: OnPolicyConfig(model="", teacher="")},
@@ -122,13 +126,16 @@ def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> 
 
     rest = list(arguments)
     recipe = next(iter(command.recipes))
+    named = _take_flag(rest, "--recipe")
+    if named is not None:
+        rest.insert(0, named)
     if rest and not rest[0].startswith("-") and (len(command.recipes) > 1 or rest[0] in command.recipes):
         recipe = rest.pop(0)
         if recipe not in command.recipes:
             raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(command.recipes)}")
     default = command.recipes[recipe]()
-    if path := _take_config_flag(rest):
-        default = read_config(type(default), path, default)
+    if path := _take_flag(rest, "--config"):
+        default = read_config(type(default), Path(path), default)
     names = list(flat_fields(default))
     rest = _expand_short_flags(rest, names)
     errors = io.StringIO()
@@ -152,16 +159,16 @@ def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> 
     return config
 
 
-def _take_config_flag(arguments: list[str]) -> Path | None:
-    """Removes `--config FILE` or `--config=FILE` from the arguments; the file, None without the flag."""
+def _take_flag(arguments: list[str], flag: str) -> str | None:
+    """Removes `FLAG VALUE` or `FLAG=VALUE` from the arguments; the value, None without the flag."""
     for at, argument in enumerate(arguments):
-        if argument == "--config":
+        if argument == flag:
             if at + 1 == len(arguments):
-                raise ValueError("--config needs a file")
+                raise ValueError(f"{flag} needs a {'file' if flag == '--config' else 'name'}")
             del arguments[at]
-            return Path(arguments.pop(at))
-        if argument.startswith("--config="):
-            return Path(arguments.pop(at).removeprefix("--config="))
+            return arguments.pop(at)
+        if argument.startswith(f"{flag}="):
+            return arguments.pop(at).removeprefix(f"{flag}=")
     return None
 
 

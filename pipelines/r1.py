@@ -34,7 +34,7 @@ from pipelines.zero import ZeroConfig, run_zero
 from rollout.engine import EngineConfig
 
 OPTIONAL = ("cold-start", "reasoning", "scenarios", "student-base", "distill", "evaluation", "report")
-"""Stages that may be left out on their own."""
+"""Stages that may be left out on their own; evaluation is that of every checkpoint."""
 _SET_BY_CHAIN = frozenset(("out", "resume"))
 
 
@@ -78,13 +78,15 @@ class Chain:
         config = self.config
         if self.data:
             self._add(
-                "data", asdict(config.generate), (), tuple(self.data.values()),
-                lambda folder, resume: write_data(config.generate, folder),
+                "data", config.generate, (), tuple(self.data.values()),
+                lambda folder, _: write_data(config.generate, folder),
             )  # fmt: skip
         base = self._base("base", config.base, config.pretrain)
         policy = base
         if "cold-start" not in config.skip:
-            policy = self._sft("cold-start", config.cold_start, policy, self._file("cold_start", config.cold_start.data))
+            policy = self._sft(
+                "cold-start", config.cold_start, policy, self._file("cold_start", config.cold_start.data)
+            )
         if "reasoning" not in config.skip:
             policy = self._rl("reasoning", config.reasoning, policy)
         rows = self._mixture_data(policy)
@@ -93,16 +95,16 @@ class Chain:
             policy = self._rl("scenarios", config.scenarios, policy)
         if "distill" not in config.skip:
             fresh = config.distill.architecture
-            student = None if fresh else self._base("student-base", config.student, config.student_pretrain)
+            student = None if fresh else self._base("student-base", config.student, config.student_pretrain, base)
             self._sft("distill", config.distill, student, rows, tokenizer=policy)
         self._evaluations()
 
     def _add(
-        self, name: str, section: dict[str, Any], inputs: tuple[Path, ...], outputs: tuple[Path, ...],
-        run: Callable[[Path, bool], Any], *, resumes: bool = False,
+        self, name: str, section: Any, inputs: tuple[Path, ...], outputs: tuple[Path, ...],
+        run: Callable[[Path, bool], Any], resumes: bool = False,
     ) -> None:  # fmt: skip
-        folder = self.out / name
-        decides = json.loads(json.dumps({key: value for key, value in section.items() if key not in _SET_BY_CHAIN}))
+        folder, fields = self.out / name, section if isinstance(section, dict) else asdict(section)
+        decides = json.loads(json.dumps({key: value for key, value in fields.items() if key not in _SET_BY_CHAIN}))
         self.stages.append(
             Stage(
                 name=name, config=decides, inputs=inputs, folder=folder, outputs=outputs,
@@ -115,22 +117,27 @@ class Chain:
         if given:
             return Path(given)
         if use not in self.data:
-            raise ValueError(f"the chain needs data for {use}: name a file in its section, or set generate.num_documents")
+            raise ValueError(
+                f"the chain needs data for {use}: name a file in its section, or set generate.num_documents"
+            )
         return self.data[use]
 
-    def _base(self, name: str, given: str, section: PretrainConfig) -> Path:
-        """A checkpoint that is given, or a stage that pretrains one."""
-        folder = Path(given) if given else self.out / name
-        self.checkpoints.append(Checkpoint(name=name, folder=folder))
-        if not given:
-            corpus = self._file("corpus", section.data)
-            architecture = Path(section.architecture) / "config.json"
-            inputs = (corpus, architecture) if architecture.is_file() else (corpus,)
-            self._add(
-                name, asdict(section), inputs, (folder,),
-                lambda out, resume: run_pretrain(replace(section, data=str(corpus), out=str(out))),
-            )  # fmt: skip
-        return folder
+    def _base(self, name: str, given: str, section: PretrainConfig, tokenizer: Path | None = None) -> Path:
+        """A checkpoint that is given, or a stage that pretrains one, with the tokenizer of another if that is named."""
+        model = Path(given) if given else self.out / name / "model"
+        self.checkpoints.append(Checkpoint(name=name, folder=model))
+        if given:
+            return model
+        corpus = self._file("corpus", section.data)
+        architecture = section.architecture or str(self._file("student", "").parent)
+        shape = Path(architecture) / "config.json"
+        shared = str(tokenizer) if tokenizer else section.tokenizer
+        filled = replace(section, data=str(corpus), architecture=architecture, tokenizer=shared)
+        inputs = [corpus, *_local((shape,), self.out), *([Path(shared)] if shared else [])]
+        self._add(
+            name, section, tuple(inputs), (model,), lambda *at: run_pretrain(_at(filled, *at)), section.save_every > 0
+        )
+        return model
 
     def _sft(
         self, name: str, section: SFTConfig, start: Path | None, rows: Path, tokenizer: Path | None = None
@@ -140,15 +147,9 @@ class Chain:
         self.checkpoints.append(Checkpoint(name=name, folder=model))
         given = {"model": str(start)} if start else {"tokenizer": str(tokenizer)}
 
-        def run(folder: Path, resume: bool) -> None:
-            goes_on = resume and (folder / "config.json").exists()
-            run_sft(replace(section, data=str(rows), out=str(folder), resume=goes_on, **given))
-
-        inputs = (start or tokenizer, rows)
-        self._add(
-            name, asdict(section), tuple(path for path in inputs if path), (model,), run,
-            resumes=section.save_every > 0,
-        )  # fmt: skip
+        filled = replace(section, data=str(rows), **given)
+        inputs = tuple(path for path in (start or tokenizer, rows) if path)
+        self._add(name, section, inputs, (model,), lambda *at: run_sft(_at(filled, *at)), section.save_every > 0)
         return model
 
     def _rl(self, name: str, section: ZeroConfig, start: Path) -> Path:
@@ -161,13 +162,9 @@ class Chain:
             chosen = {"mixture": tuple(f"{weights[task]}*{task}={data}" for task, data in where.items())}
         else:
             chosen = {"data": where[section.task]}
-
-        def run(folder: Path, resume: bool) -> None:
-            goes_on = resume and (folder / "config.json").exists()
-            run_zero(replace(section, model=str(start), out=str(folder), resume=goes_on, **chosen))  # type: ignore[arg-type]
-
-        files = tuple(Path(data) for data in where.values() if data)
-        self._add(name, asdict(section), (start, *_local(files, self.out)), (model,), run, resumes=True)
+        filled = replace(section, model=str(start), **chosen)  # type: ignore[arg-type]
+        inputs = (start, *_local(tuple(Path(data) for data in where.values() if data), self.out))
+        self._add(name, section, inputs, (model,), lambda *at: run_zero(_at(filled, *at)), resumes=True)
         return model
 
     def _task_data(self, task: str, given: str | None) -> str | None:
@@ -180,11 +177,9 @@ class Chain:
         data = self._task_data(section.task, section.data)
         traces, joined = self.out / "sampling" / "traces.jsonl", self.out / "mixture-data" / "rows.jsonl"
 
-        def sample(folder: Path, resume: bool) -> None:
-            run_sample(replace(section, model=str(policy), data=data, out=str(folder), resume=resume))
-
+        filled = replace(section, model=str(policy), data=data)
         inputs = (policy, *_local((Path(data),) if data else (), self.out))
-        self._add("sampling", asdict(section), inputs, (traces,), sample, resumes=True)
+        self._add("sampling", section, inputs, (traces,), lambda *at: run_sample(_at(filled, *at)), resumes=True)
         general = self._file("general", config.general)
         self._add("mixture-data", {}, (traces, general), (joined,), lambda *_: join_rows((traces, general), joined))
         return joined
@@ -209,7 +204,9 @@ class Chain:
 
             files = tuple(Path(data) for _, data in parts if data)
             inputs = (checkpoint.folder, *_local(files, self.out))
-            self._add(name, asdict(section) | {"tasks": parts_json(parts)}, inputs, tuple(results[checkpoint.name]), run)
+            self._add(
+                name, asdict(section) | {"tasks": parts_json(parts)}, inputs, tuple(results[checkpoint.name]), run
+            )
         if "report" not in config.skip:
             read = tuple(path for of_checkpoint in results.values() for path in of_checkpoint)
             written = (self.out / "report" / "report.md", self.out / "report" / "report.json")
@@ -221,6 +218,11 @@ class Chain:
 
     def _engine(self, section: EngineConfig) -> EngineConfig:
         return replace(section, kind=self.config.engine) if self.config.engine else section
+
+
+def _at(section: Any, folder: Path, resume: bool) -> Any:
+    """The section for a run in that folder, which can go on only if it had begun."""
+    return replace(section, out=str(folder), resume=resume and (folder / "config.json").exists())
 
 
 def parts_json(parts: list[tuple[str, str | None]]) -> list[str]:

@@ -9,9 +9,14 @@ sequence on average (models/counts.py). Hours: FLOPs / (peak x utilization), for
 takes time and is not counted: waiting for the longest completion, syncs, rewards, start-up.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
+from typing import Any
 
+from models.config import MODEL_TYPES
 from models.counts import attention_flops, count_parameters, forward_flops
 from models.presets import find_config
 from pipelines.supervised_config import SupervisedConfig
@@ -85,10 +90,25 @@ def model_size(name: str) -> ModelSize:
     """Of a preset, a folder with a config.json, or a name in `DENSE`. Raises ValueError for what is none of them."""
     if name in DENSE:
         return DENSE[name]
+    file = Path(name) / "config.json"
+    if file.is_file() and (fields := json.loads(file.read_text())).get("model_type") not in MODEL_TYPES:
+        return dense_size(fields)
     config = find_config(name)
     return ModelSize(
         total=count_parameters(config).total, active=forward_flops(config, 0) // 2, attention=attention_flops(config, 1)
     )
+
+
+def dense_size(fields: Mapping[str, Any]) -> ModelSize:
+    """From the config.json of a dense model with gated feed-forward blocks, as Qwen's and Llama's."""
+    hidden, layers, heads = fields["hidden_size"], fields["num_hidden_layers"], fields["num_attention_heads"]
+    head_dim = fields.get("head_dim") or hidden // heads
+    key_values = fields.get("num_key_value_heads", heads)
+    attention = 2 * hidden * head_dim * (heads + key_values)
+    vocabulary = fields["vocab_size"] * hidden
+    active = layers * (attention + 3 * hidden * fields["intermediate_size"]) + vocabulary
+    untied = 0 if fields.get("tie_word_embeddings") else vocabulary
+    return ModelSize(total=active + untied, active=active, attention=4 * layers * heads * head_dim)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,20 @@ from pipelines.templates import TEMPLATES
 ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CHINESE = ("\u96f6", "\u4e00", "\u4e8c", "\u4e09", "\u56db", "\u4e94", "\u516d", "\u4e03", "\u516b", "\u4e5d")
 TASKS = ("ledger", "instructions")
+STUDENT = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_theta": 100.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 512,
+}
+"""A dense student, a third of the teacher's size; its vocabulary becomes the teacher's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +69,11 @@ def ledger_documents(rows: Iterable[Mapping[str, Any]], rng: random.Random) -> I
 
 
 def paths(folder: Path) -> dict[str, Path]:
-    """What `write_data` writes, by use: corpus, cold_start, general, and of each task its prompts and held-out
-    problems."""
+    """What `write_data` writes, by use: corpus, cold_start, general, of each task its prompts and held-out problems,
+    and the architecture of a student."""
     names = ["corpus", "cold_start", "general"]
     names += [f"{task}{use}" for task in TASKS for use in ("", "_heldout")]
-    return {name: folder / f"{name}.jsonl" for name in names}
+    return {name: folder / f"{name}.jsonl" for name in names} | {"student": folder / "student" / "config.json"}
 
 
 def write_data(config: GeneratedData, folder: Path) -> None:
@@ -93,5 +107,9 @@ def write_data(config: GeneratedData, folder: Path) -> None:
         "instructions_heldout": instructions.make_rows(config.num_heldout, seed=5 * config.seed + 3),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, path in paths(folder).items():
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in contents[name]))
+    for name, rows in contents.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        paths(folder)[name].write_text(text)
+    student = paths(folder)["student"]
+    student.parent.mkdir(exist_ok=True)
+    student.write_text(json.dumps(STUDENT, indent=2) + "\n")

@@ -61,7 +61,9 @@ def stage_costs(config: R1Config, names: Sequence[str]) -> dict[str, Cost]:
     problems = max(1, len(config.eval_tasks) or len(TASKS)) * (config.evaluation.limit or config.generate.num_heldout)
 
     def evaluated(size: ModelSize) -> Cost:
-        return sampling_cost(size, problems, 1, prompt=prompt, completion=lengths.sampled(config.evaluation.max_tokens or sampled))
+        return sampling_cost(
+            size, problems, 1, prompt=prompt, completion=lengths.sampled(config.evaluation.max_tokens or sampled)
+        )
 
     supervised = {"length": prompt + row, "trained": row}
     known = {

@@ -37,32 +37,32 @@ def tiny() -> R1Config:
         trainer=TrainerConfig(steps=30, max_tokens=24, save_every=5, completions_per_prompt=8),
         learner=LearnerConfig(lr=3e-4), engine=engine,
     )  # fmt: skip
-    scenarios = replace(
-        reasoning, mixture=("2*ledger", "instructions"), trainer=replace(reasoning.trainer, steps=20)
-    )
+    scenarios = replace(reasoning, mixture=("2*ledger", "instructions"), trainer=replace(reasoning.trainer, steps=20))
     return R1Config(
         generate=GeneratedData(num_documents=40_000),
         pretrain=pretrain,
         cold_start=replace(tuned, steps=40),
         reasoning=reasoning,
-        sampling=SampleConfig(model="", task="ledger", num_prompts=500, completions_per_prompt=4, max_tokens=24, engine=engine),
+        sampling=SampleConfig(
+            model="", task="ledger", num_prompts=500, completions_per_prompt=4, max_tokens=24, engine=engine
+        ),
         mixture=replace(tuned, epochs=4),
         scenarios=scenarios,
-        student_pretrain=replace(pretrain, architecture="nano", seed=1),
+        student_pretrain=replace(pretrain, architecture="", seed=1),
         distill=replace(tuned, epochs=6),
         evaluation=EvalConfig(
             model="", temperature=1.0, max_tokens=24,
             engine=EngineConfig(kind="native", transport="local", max_model_len=256),
         ),
-        plan=PlanConfig(lengths=Lengths(prompt=30)),
+        plan=PlanConfig(student="tiny", lengths=Lengths(prompt=30)),
     )  # fmt: skip
 
 
 def paper() -> R1Config:
     """DeepSeek-R1's stages with the hyper-parameters that the paper and its supplement state (Nature 645:633).
 
-    Assumed, since they are not stated: the mean length of a completion, the number of cold-start rows ("thousands"), the
-    completions per prompt of rejection sampling. Data, base and rewards are yours to name.
+    Assumed, since they are not stated: the mean length of a completion, the number of cold-start rows ("thousands"),
+    the completions per prompt of rejection sampling. Data, base and rewards are yours to name.
     """
     algorithm = preset("r1", max_tokens=_LONG)
     engine = EngineConfig(kind="vllm", dtype="bfloat16", max_model_len=_ROOM, placement="separate", num_engines=64)
@@ -85,7 +85,9 @@ def paper() -> R1Config:
     return R1Config(
         cold_start=tuned,
         reasoning=reasoning,
-        sampling=SampleConfig(model="", num_prompts=150_000, completions_per_prompt=16, max_tokens=_LONG, engine=engine),
+        sampling=SampleConfig(
+            model="", num_prompts=150_000, completions_per_prompt=16, max_tokens=_LONG, engine=engine
+        ),
         mixture=tuned,
         scenarios=scenarios,
         distill=replace(tuned, lr=8e-5, samples_per_step=64),

@@ -7,7 +7,7 @@ The general task beside reasoning in small chains of stages: no thought is neede
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines.templates import TEMPLATES
@@ -48,7 +48,7 @@ def completion(answer: str) -> str:
     return f" <think> </think> <answer> {answer} </answer>"
 
 
-def documents(rows: list[Mapping[str, Any]], rng: random.Random, *, share_right: float = 0.5) -> Iterator[str]:
+def documents(rows: Sequence[Mapping[str, Any]], rng: random.Random, *, share_right: float = 0.5) -> Iterator[str]:
     """The pretraining text: some documents do what is asked, the others use the right words in number or order as it
     happens."""
     for row in rows:
