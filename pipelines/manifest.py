@@ -1,16 +1,17 @@
 """The stages of a run folder, and which of them must run: `manifest.json` remembers what each was made from.
 
-    stages = [Stage(name="base", config=config, inputs=(corpus,), output=out / "base", run=make_base), ...]
+    stages = [Stage(name="base", config=config, inputs=(corpus,), folder=base, outputs=(base,), run=make_base), ...]
     with Manifest.open(out) as manifest:
         manifest.run(stages, Selection(first="sampling"))
 
 A stage is left alone if it is done, its configuration and the contents of its inputs are those it was made with, and
-its output is whole. Otherwise it runs again, and so do later stages whose inputs come out different. A stage that was
-stopped in the middle, under the same configuration and inputs, is asked to go on where it was.
+what it wrote is whole. Otherwise it runs again, and so do later stages whose inputs come out different. A stage that
+was stopped in the middle, under the same configuration and inputs, is asked to go on where it was.
 
 Contents are compared by hash. A file is read again only if its size or time of change is not the one remembered.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -18,7 +19,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,10 +42,12 @@ class Stage:
     """All that decides the result beside the inputs, as plain JSON values; no paths that the run folder decides."""
     inputs: tuple[Path, ...] = ()
     """Files and folders that are read, in order; outputs of stages before it among them."""
-    output: Path
-    """File or folder that the stage alone writes."""
+    folder: Path
+    """What the stage alone writes into."""
+    outputs: tuple[Path, ...]
+    """Files and folders in it that later stages read; the rest may be thrown away."""
     run: Callable[[bool], Any]
-    """Writes `output`; True asks it to go on with what an interrupted run has left there."""
+    """Writes `folder`; True asks it to go on with what an interrupted run has left there."""
     resumes: bool = False
     """Whether `run` can go on. Where not, what an interrupted run has left is removed first."""
 
@@ -71,13 +73,13 @@ class Record:
     """What the manifest knows of a stage."""
 
     name: str
-    status: Literal["running", "failed", "done"]
-    """`running` after the process was killed, too."""
+    status: Literal["running", "stopped", "failed", "done"]
+    """`running` after the process was killed, too; `stopped` by the user."""
     config: dict[str, Any]
     inputs: dict[str, Files]
     """Path -> the files there when the stage began."""
-    outputs: Files = field(default_factory=dict)
-    """Of a stage that is done."""
+    outputs: dict[str, Files] = field(default_factory=dict)
+    """The same of what a stage that is done has written."""
     version: str = ""
     """Of the code: commit, or release."""
     started: str = ""
@@ -97,6 +99,9 @@ class Decision:
     reason: str
     """In the user's words."""
 
+    def describe(self) -> str:
+        return {"skip": "", "run": "runs, ", "resume": "goes on, "}[self.action] + self.reason
+
 
 class Manifest:
     """`manifest.json` of one run folder; written whole or not at all."""
@@ -114,7 +119,7 @@ class Manifest:
             self.records = {record.name: record for record in records}
 
     @classmethod
-    @contextmanager
+    @contextlib.contextmanager
     def open(cls, folder: Path, version: str = "") -> Iterator["Manifest"]:
         """The manifest, of which no other process has a hold within the block. Raises ValueError if one has."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,20 +144,26 @@ class Manifest:
             return Decision(action="run", reason=f"configuration changed: {', '.join(changed)}")
         if later := [path.name for path in stage.inputs if path in fresh]:
             return Decision(action="run", reason=f"input is made anew: {', '.join(later)}")
-        known = {path: files for path, files in record.inputs.items()}
-        if [self._name(path) for path in stage.inputs] != list(known):
-            return Decision(action="run", reason="has other inputs")
-        for path in stage.inputs:
-            if not _same(known[self._name(path)], path):
-                return Decision(action="run", reason=f"input changed: {self._name(path)}")
+        if reason := self._difference(stage.inputs, record.inputs):
+            return Decision(action="run", reason=f"input {reason}")
         if record.status != "done":
             how = "failed" if record.status == "failed" else "was interrupted"
-            if stage.resumes and stage.output.exists():
-                return Decision(action="resume", reason=how)
-            return Decision(action="run", reason=how)
-        if not _same(record.outputs, stage.output):
-            return Decision(action="run", reason=f"output is not what it wrote: {self._name(stage.output)}")
+            goes_on = stage.resumes and stage.folder.exists()
+            return Decision(action="resume" if goes_on else "run", reason=how)
+        if reason := self._difference(stage.outputs, record.outputs):
+            return Decision(action="run", reason=f"output {reason}")
         return Decision(action="skip", reason="up to date")
+
+    def _difference(self, paths: Sequence[Path], known: dict[str, Files]) -> str:
+        """What is not as it was, empty if nothing."""
+        names = [self._name(path) for path in paths]
+        if names != list(known):
+            return f"is {', '.join(names) or 'none'}, was {', '.join(known) or 'none'}"
+        for name, path in zip(names, paths, strict=True):
+            now = hash_files(path, known[name])
+            if {file: entry[2] for file, entry in now.items()} != {file: e[2] for file, e in known[name].items()}:
+                return f"changed: {name}" if now else f"is not there: {name}"
+        return ""
 
     def plan(self, stages: Sequence[Stage], selection: Selection) -> list[tuple[Stage, Decision]]:
         """What `run` would do, as far as it can be known before: later stages may turn out to be up to date."""
@@ -168,7 +179,7 @@ class Manifest:
                 forced = place >= first or stage.name in selection.only
                 decision = self.decide(stage, forced=forced, fresh=frozenset(fresh))
             if decision.action != "skip":
-                fresh.add(stage.output)
+                fresh.update(stage.outputs)
             planned.append((stage, decision))
         return planned
 
@@ -188,28 +199,29 @@ class Manifest:
                         f"stage {stage.name} needs {path}, which is not there; run the stages before"
                     )
             decision = self.decide(stage, forced=place >= first or stage.name in selection.only)
-            say(f"{title}: {decision.reason}" + {"skip": "", "run": "", "resume": ", goes on"}[decision.action])
+            say(f"{title}: {decision.describe()}")
             if decision.action != "skip":
                 self._run(stage, resume=decision.action == "resume")
 
     def _run(self, stage: Stage, *, resume: bool) -> None:
         if not resume:
-            _remove(stage.output)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(stage.folder)
         record = self._begin(stage, resume)
         began = time.monotonic()
         try:
             stage.run(resume)
-            outputs = hash_files(stage.output)
-            if not outputs:
-                raise ValueError(f"stage {stage.name} wrote nothing to {stage.output}")
+            outputs = {self._name(path): hash_files(path) for path in stage.outputs}
+            if missing := [name for name, files in outputs.items() if not files]:
+                raise FileNotFoundError(f"stage {stage.name} ended without writing {', '.join(missing)}")
+            record = replace(record, status="done", outputs=outputs)
         except BaseException as error:  # noted, and raised again
-            seconds = record.seconds + time.monotonic() - began
-            self._write(
-                replace(record, status="failed", seconds=seconds, ended=_now(), error=str(error) or repr(error))
-            )
+            status = "failed" if isinstance(error, Exception) else "stopped"
+            record = replace(record, status=status, error=str(error) or repr(error))
             raise
-        seconds = record.seconds + time.monotonic() - began
-        self._write(replace(record, status="done", outputs=outputs, seconds=round(seconds, 3), ended=_now()))
+        finally:
+            seconds = round(record.seconds + time.monotonic() - began, 3)
+            self._write(replace(record, seconds=seconds, ended=_now()))
 
     def _begin(self, stage: Stage, resume: bool) -> Record:
         before = self.records.get(stage.name)
@@ -222,8 +234,9 @@ class Manifest:
         return record
 
     def _known(self, path: Path) -> Files:
-        """What an earlier stage, as whose output the path was hashed, says of its files."""
-        return next((dict(r.outputs) for r in self.records.values() if self.folder / r.name == path), {})
+        """What is known of the files of a path that an earlier stage has written."""
+        name = self._name(path)
+        return next((record.outputs[name] for record in self.records.values() if name in record.outputs), {})
 
     def _name(self, path: Path) -> str:
         """Relative to the run folder where it is inside, so that the folder may be moved."""
@@ -256,12 +269,6 @@ def hash_files(path: Path, known: Files | None = None) -> Files:
     return found
 
 
-def _same(known: Files, path: Path) -> bool:
-    """Whether the files there have the contents that were remembered."""
-    now = hash_files(path, known)
-    return {name: entry[2] for name, entry in now.items()} == {name: entry[2] for name, entry in known.items()}
-
-
 def _changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`trainer.steps 10 -> 20` for every key whose value is another."""
     old_flat, new_flat = _flatten(json.loads(json.dumps(old))), _flatten(json.loads(json.dumps(new)))
@@ -274,13 +281,6 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _now() -> str:

@@ -31,7 +31,8 @@ from models.lora import LoRAConfig, add_lora
 from pipelines.console import console
 from pipelines.pairs import Pair, PairConfig, learn_from_pairs, load_pairs
 from pipelines.prompting import load_tokenizer
-from pipelines.zero import device_of, open_run_folder
+from pipelines.run_folder import open_run_folder
+from pipelines.zero import device_of
 
 
 @dataclass(frozen=True, kw_only=True)

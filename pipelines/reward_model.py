@@ -31,7 +31,8 @@ from models.checkpoint import replace_folder, tensor_shapes
 from pipelines.console import console
 from pipelines.pairs import Pair, PairConfig, as_sample, learn_from_pairs, load_pairs
 from pipelines.prompting import load_tokenizer
-from pipelines.zero import device_of, open_run_folder
+from pipelines.run_folder import open_run_folder
+from pipelines.zero import device_of
 from rewards import RewardFunction, Sample, reward
 
 _HEAD, _MEASURED, _STATE = "score.safetensors", "reward_model.json", "state.pt"

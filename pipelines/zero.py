@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -87,14 +87,7 @@ def read_tasks(config: ZeroConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return MixedSource(prompts, weights, config.trainer.seed), TaskRubric(rubrics, task_of)
 
 
-class Resumable(Protocol):
-    """The configuration of a stage with a run folder."""
-
-    @property
-    def resume(self) -> bool: ...
-
-
-def open_run_folder(config: Resumable, out: Path) -> None:
+def open_run_folder(config: ZeroConfig, out: Path) -> None:
     """Creates the folder with its config.json, or checks that a run to be resumed has the same configuration."""
     saved = out / "config.json"
     if not config.resume:

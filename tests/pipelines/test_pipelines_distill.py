@@ -52,7 +52,9 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distill(student: Path, teacher: Path, out: Path, *flags: object) -> list[dict[str, float]]:
-    done = grpo("distill", "--model", student, "--teacher", teacher, "--out", out, *SMALL, "--steps", STEPS, *flags)
+    done = grpo(
+        "distill", "on-policy", "--model", student, "--teacher", teacher, "--out", out, *SMALL, "--steps", STEPS, *flags
+    )
     assert done.status == 0, done.err
     return read_metrics(out)
 
@@ -131,13 +133,24 @@ def _repeatable(row: dict[str, float]) -> dict[str, float]:
     ],
 )
 def test_refused(flags: tuple[object, ...], message: str, student: Path, base: Path, tmp_path: Path) -> None:
-    arguments = ("distill", "--model", student, "--teacher", base, "--out", tmp_path / "run", *SMALL, *flags)
+    arguments = (
+        "distill",
+        "on-policy",
+        "--model",
+        student,
+        "--teacher",
+        base,
+        "--out",
+        tmp_path / "run",
+        *SMALL,
+        *flags,
+    )
     assert message in grpo(*arguments).one_line_error()
     assert not (tmp_path / "run").exists()
 
 
 def test_other_tokenizer_is_refused(student: Path, base_config: PretrainConfig, tmp_path: Path) -> None:
     teacher = run_pretrain(replace(base_config, out=str(tmp_path / "teacher"), steps=1, vocab_size=300))
-    error = grpo("distill", "--model", student, "--teacher", teacher, "--out", tmp_path / "run", *SMALL)
+    error = grpo("distill", "on-policy", "--model", student, "--teacher", teacher, "--out", tmp_path / "run", *SMALL)
     assert "is '" in error.one_line_error() and "to the teacher" in error.err
     assert not (tmp_path / "run").exists()
