@@ -22,15 +22,16 @@ from pipelines.sample import SampleConfig
 from pipelines.sft import SFTConfig
 from rollout.engine import EngineConfig
 
-ENGINE = EngineConfig(kind="native", transport="local", max_model_len=512)  # kind="vllm", transport="ray" for more
+TEACHERS = EngineConfig(kind="native", transport="local", max_model_len=512)  # for our own model alone
+STUDENTS = EngineConfig(kind="vllm", transport="local", max_model_len=512)  # transport="ray" for anything large
 TASK, NUM_PROMPTS, MAX_TOKENS = "ledger", 200, 32
 
 
 def write_sizes(folder: Path) -> str:
     """A dense student: the sizes alone, the vocabulary will be the teacher's."""
     Qwen3Config(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, architectures=["Qwen3ForCausalLM"],
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, architectures=["Qwen3ForCausalLM"],
     ).save_pretrained(folder)  # fmt: skip
     return str(folder)
 
@@ -41,7 +42,7 @@ def from_traces(teacher: str, out: Path) -> Path:
         student=write_sizes(out / "sizes"), teacher=teacher, out=str(out / "traces"),
         sample=SampleConfig(
             model="", out="", task=TASK, num_prompts=NUM_PROMPTS, max_tokens=MAX_TOKENS, min_reward=-1e9,
-            engine=ENGINE,
+            engine=TEACHERS,
         ),
         sft=SFTConfig(data="", out="", steps=60, samples_per_step=32, lr=3e-3),
     )  # fmt: skip
@@ -53,7 +54,7 @@ def on_policy(student: Path, teacher: str, out: Path) -> Path:
     config = OnPolicyConfig(
         model=str(student), teacher=teacher, task=TASK, num_prompts=NUM_PROMPTS, out=str(out / "on-policy"),
         trainer=TrainerConfig(steps=10, prompts_per_step=8, completions_per_prompt=8, max_tokens=MAX_TOKENS),
-        learner=LearnerConfig(lr=1e-3), engine=ENGINE, teacher_engine=ENGINE,
+        learner=LearnerConfig(lr=1e-3), engine=STUDENTS, teacher_engine=TEACHERS,
     )  # fmt: skip
     return run_distill(config)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM
 
 from pipelines import cli
@@ -92,6 +93,7 @@ def test_evaluate_checkpoint_on_generated_rows(base: Path) -> None:
     assert (result.num_problems, result.num_unscored) == (64, 0) and 0 <= result.accuracy <= 0.5
 
 
+@pytest.mark.slow
 def test_distill_into_a_dense_student(environment: dict[str, str], base: Path, tmp_path: Path) -> None:
     lines = run("07", environment, base, tmp_path).splitlines()
     first, last = map(float, re.findall(r"\d+\.\d+", next(line for line in lines if line.startswith("traces:"))))
