@@ -21,7 +21,7 @@ from grpo.learner_state import module_of
 from grpo.logprobs import token_logprobs
 from grpo.losses import kl_penalty
 from grpo.meters import Meters
-from grpo.objective import entropy_threshold_of, objective_terms
+from grpo.objective import Terms, entropy_threshold_of, objective_terms
 from grpo.optimizer import build_optimizer
 from grpo.packing import pack_for_ranks
 from grpo.schedule import learning_rate
@@ -33,6 +33,8 @@ from rollout.weight_source import WeightSource
 
 _BY_PARAMETER = StateDictOptions(flatten_optimizer_state_dict=True)  # groups differ between meshes
 _OPTIMIZER = "optimizer.pt"
+AddLoss = Callable[[Terms, MicroBatch, Tensor, Tensor], Terms]
+"""Terms, micro-batch, hidden states [T, D] and head [V, D] -> the terms with another loss added."""
 
 
 class Learner:
@@ -48,6 +50,7 @@ class Learner:
         self.config, self.total_steps, self.mesh = config, total_steps, mesh
         self.step = 0
         self.guard = StepGuard(config.skip_norm, config.max_skipped_steps)
+        self.add_loss: AddLoss | None = None
         if has_adapters(model) and config.objective.reference_every:
             raise ValueError("reference_every needs a reference of its own, and with LoRA that is the frozen weights")
         self.reference: Any = self._initial_policy(model) if config.objective.kl_coef else None
@@ -133,6 +136,8 @@ class Learner:
         terms = objective_terms(
             config.objective, config.correction, batch, logprobs_N, entropies_N, reference_N, entropy_threshold
         )
+        if self.add_loss:
+            terms = self.add_loss(terms, batch, output.hidden_TD, self.model.lm_head.weight)
         terms.loss.backward()
         tokens.append((batch.samples_N, terms.of_tokens_N, logprobs_N.detach()))
         meters.add("policy/loss", terms.loss, 1.0)

@@ -36,6 +36,8 @@ from rollout.weight_sync import probe_sequences, push_weights
 _LOG = logging.getLogger(__name__)
 
 OnStep = Callable[[int, dict[str, float]], None]
+Teach = Callable[[list[TrainingSample], int], tuple[list[TrainingSample], dict[str, float]]]
+"""The samples of a step -> what the step learns from in their place, a teacher's advantages say, and its metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +138,12 @@ class GRPOTrainer:
         run_dir: Path,
         on_step: OnStep = lambda step, metrics: None,
         tell: Callable[[str], None] = _LOG.warning,
+        teach: Teach = lambda samples, step: (samples, {}),
     ) -> None:
         """Continues from the newest whole checkpoint in `run_dir` if there is one; `tell` hears of damaged ones."""
         self.config, self.learner, self.pool = config, learner, pool
         self.decode, self.stop_token_id = decode, stop_token_id
-        self.run_dir, self.on_step, self.tell = run_dir, on_step, tell
+        self.run_dir, self.on_step, self.tell, self.teach = run_dir, on_step, tell, teach
         check_supervision(config.advantages.supervision, learner.config.objective)
         self.first_step, sampled = load_checkpoint(run_dir, learner, tell)
         self.logger = MetricsLogger(run_dir, self.first_step, config.trackers)
@@ -216,7 +219,8 @@ class GRPOTrainer:
         )  # fmt: skip
         if not self.config.rollout.overlap:
             self.pool.sleep()  # the sync wakes it
-        report = self.update(samples, step)
+        samples, taught = self.teach(samples, step)
+        report = self.update(samples, step) | taught
         drift = self.sync(step + 1, self.config.probe_every)
         metrics = batch_metrics(batch.sampled, batch.sampled_scores) | counts | report | self.pool.counters
         metrics |= {"groups/replaced": len(batch.replaced), "groups/restarted": batch.restarted}

@@ -4,6 +4,10 @@
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo sft [RECIPE] [--model DIR] [--data ...] [--out ...] [--resume]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
+    grpo distill traces --student DIR|ARCHITECTURE --teacher DIR [--traces TRACES.jsonl] [--out DIR] [--resume]
+    grpo distill on-policy --model DIR --teacher DIR [--config FILE.yaml] [--resume]
+    grpo dpo --model DIR --data PAIRS.jsonl [--out DIR] [--resume]
+    grpo reward-model --model DIR --data PAIRS.jsonl [--out DIR] [--resume]
     grpo replay RUN --step N [--last M] [--out DIR]
     grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
@@ -52,13 +56,19 @@ class Command:
 def _commands() -> dict[str, Command]:
     """Imported late, so that `grpo --help` does not wait for torch."""
     from pipelines.convert import ConvertConfig, run_convert
+    from pipelines.distill import OnPolicyConfig, TracesConfig, run_distill
     from pipelines.doctor import DoctorConfig, run_doctor
     from pipelines.evaluate import EvalConfig, run_eval
     from pipelines.model_info import ModelInfoConfig, run_model_info
+    from pipelines.preference import DPOConfig, run_dpo
     from pipelines.pretrain import PretrainConfig, run_pretrain
     from pipelines.quickstart import QuickstartConfig, run_quickstart
+    from pipelines.r1 import run_r1
+    from pipelines.r1_config import R1Config
+    from pipelines.r1_recipes import R1_RECIPES
     from pipelines.recipes import PRETRAIN_RECIPES, SFT_RECIPES, ZERO_RECIPES
     from pipelines.replay import ReplayConfig, run_replay
+    from pipelines.reward_model import RewardModelConfig, run_reward_model
     from pipelines.sft import SFTConfig, run_sft
     from pipelines.zero import ZeroConfig, run_zero
 
@@ -72,6 +82,21 @@ def _commands() -> dict[str, Command]:
         "sft": Command(config=SFTConfig, recipes=dict(SFT_RECIPES), run=run_sft),
         "zero": Command(
             config=ZeroConfig, recipes={"default": lambda: ZeroConfig(model="")} | ZERO_RECIPES, run=run_zero
+        ),
+        "r1": Command(config=R1Config, recipes=dict(R1_RECIPES), run=run_r1),
+        "distill": Command(
+            config=object,
+            recipes={
+                "traces": lambda: TracesConfig(student=""),
+                "on-policy": lambda: OnPolicyConfig(model="", teacher=""),
+            },
+            run=run_distill,
+        ),
+        "dpo": Command(config=DPOConfig, recipes={"default": lambda: DPOConfig(model="", data="")}, run=run_dpo),
+        "reward-model": Command(
+            config=RewardModelConfig,
+            recipes={"default": lambda: RewardModelConfig(model="", data="")},
+            run=run_reward_model,
         ),
         "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
         "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),
@@ -115,13 +140,16 @@ def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> 
 
     rest = list(arguments)
     recipe = next(iter(command.recipes))
+    named = _take_flag(rest, "--recipe")
+    if named is not None:
+        rest.insert(0, named)
     if rest and not rest[0].startswith("-") and (len(command.recipes) > 1 or rest[0] in command.recipes):
         recipe = rest.pop(0)
         if recipe not in command.recipes:
             raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(command.recipes)}")
     default = command.recipes[recipe]()
-    if path := _take_config_flag(rest):
-        default = read_config(type(default), path, default)
+    if path := _take_flag(rest, "--config"):
+        default = read_config(type(default), Path(path), default)
     names = list(flat_fields(default))
     rest = _expand_short_flags(rest, names)
     errors = io.StringIO()
@@ -145,16 +173,16 @@ def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> 
     return config
 
 
-def _take_config_flag(arguments: list[str]) -> Path | None:
-    """Removes `--config FILE` or `--config=FILE` from the arguments; the file, None without the flag."""
+def _take_flag(arguments: list[str], flag: str) -> str | None:
+    """Removes `FLAG VALUE` or `FLAG=VALUE` from the arguments; the value, None without the flag."""
     for at, argument in enumerate(arguments):
-        if argument == "--config":
+        if argument == flag:
             if at + 1 == len(arguments):
-                raise ValueError("--config needs a file")
+                raise ValueError(f"{flag} needs a {'file' if flag == '--config' else 'name'}")
             del arguments[at]
-            return Path(arguments.pop(at))
-        if argument.startswith("--config="):
-            return Path(arguments.pop(at).removeprefix("--config="))
+            return arguments.pop(at)
+        if argument.startswith(f"{flag}="):
+            return arguments.pop(at).removeprefix(f"{flag}=")
     return None
 
 

@@ -36,7 +36,7 @@ class ModelInfoConfig:
     """A preset, or a folder with a config.json."""
 
 
-def _short(count: float, billion: str = "B") -> str:
+def format_count(count: float, billion: str = "B") -> str:
     """1234567 -> '1.23M'; FLOPs call a billion G."""
     for limit, unit in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
         if count >= limit:
@@ -45,10 +45,10 @@ def _short(count: float, billion: str = "B") -> str:
 
 
 def _count(count: int) -> str:
-    return f"{count:,} ({_short(count)})" if count >= 1000 else str(count)
+    return f"{count:,} ({format_count(count)})" if count >= 1000 else str(count)
 
 
-def _size(num_bytes: float) -> str:
+def format_size(num_bytes: float) -> str:
     for limit, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if num_bytes >= limit:
             return f"{num_bytes / limit:,.2f} {unit}"
@@ -103,15 +103,15 @@ def _costs(config: DeepseekV3Config) -> Rows:
         value = f"- (positions end at {config.max_position_embeddings:,})"
         if context <= config.max_position_embeddings:
             forward, training = forward_flops(config, context), training_flops(config, context)
-            value = f"{_short(forward, 'G')} forward, {_short(training, 'G')} training"
+            value = f"{format_count(forward, 'G')} forward, {format_count(training, 'G')} training"
         rows.append((f"FLOPs per token, context {context // 1024}k", value))
     cache = cache_bytes_per_token(config)
     return [
         *rows,
         ("KV cache per token, bf16", f"{cache:,} B"),
-        ("  per 1k tokens", _size(1024 * cache)),
-        ("checkpoint, bf16", _size(checkpoint_bytes(config, "bf16"))),
-        ("checkpoint, fp8 blocks", _size(checkpoint_bytes(config, "fp8"))),
+        ("  per 1k tokens", format_size(1024 * cache)),
+        ("checkpoint, bf16", format_size(checkpoint_bytes(config, "bf16"))),
+        ("checkpoint, fp8 blocks", format_size(checkpoint_bytes(config, "fp8"))),
     ]
 
 
@@ -146,7 +146,7 @@ def foreign_rows(folder: str) -> Rows:
         ("parameters", _count(total)),
         ("  embedding", _count(embedding.numel())),
         ("  head", "the embedding" if head is embedding else _count(head.numel())),
-        ("checkpoint, bf16", _size(2 * total)),
+        ("checkpoint, bf16", format_size(2 * total)),
     ]
 
 

@@ -3,6 +3,7 @@
     grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero
     grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero --resume
     grpo zero --model base --task gsm8k --data train.jsonl.gz --out runs/zero --mesh.ranks 4
+    grpo zero --model base --mixture 2*math=a.jsonl gsm8k=b.jsonl --out runs/zero
 
 The run folder holds config.json, metrics.jsonl, tensorboard/, groups.jsonl, checkpoints/ and at the end model/; also
 samples/ if asked, and culprits/ if it ended because of bad gradients. With --lora.rank, model/ is the merged model, and
@@ -15,7 +16,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,95 +24,23 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from grpo.learner import Learner
-from grpo.learner_config import LearnerConfig
 from grpo.learner_group import LearnerGroup, serve
 from grpo.metrics import check_trackers
-from grpo.trainer import GRPOTrainer, TrainerConfig
+from grpo.trainer import GRPOTrainer, Teach
 from models import from_pretrained
 from models.auto import checkpoint_layers
 from models.checkpoint import replace_folder, tensor_shapes
-from models.lora import LoRAConfig, add_lora
-from models.parallel import ALONE, MeshConfig, join, leave
+from models.lora import add_lora
+from models.parallel import ALONE, join, leave
 from pipelines.config import flat_fields, read_config, write_config
 from pipelines.console import console, progress_bar
+from pipelines.mixture import MixedSource, TaskRubric
 from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
-from pipelines.tasks import get_task
+from pipelines.zero_config import ZeroConfig
 from rewards import Rubric
-from rollout.engine import EngineConfig
 from rollout.pool import EnginePool, build_pool
 from rollout.prompts import PromptSource
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroConfig:
-    """`grpo zero`: reinforcement learning from a base checkpoint."""
-
-    model: str
-    """Folder of the base checkpoint, in Hugging Face form."""
-    task: str = "gsm8k"
-    """Name of the task."""
-    data: str | None = None
-    """File or hub id of the prompts; without it the task generates them or names its own hub id."""
-    split: str = "train"
-    """Split of a hub data set."""
-    num_prompts: int = 0
-    """Prompts to use: 0 for all of a data set; generated tasks need a number."""
-    reward: tuple[str, ...] = ()
-    """Rewards, `[weight*]name` or `[weight*]path/to/file.py:function`; the task's own if none is given."""
-    max_bad_share: float = 0.01
-    """Share of malformed rows that may be skipped."""
-    out: str = "runs/zero"
-    """Run folder."""
-    resume: bool = False
-    """Continue the run in `out` from its newest checkpoint."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the learner works; `auto` takes a GPU if there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the learner's weights, gradients and optimizer state."""
-    checkpoint_layers: bool = False
-    """Compute each layer's activations again in the backward pass: a third more work, far less memory; for sequences of
-    tens of thousands of tokens."""
-    num_threads: int = 1
-    """CPU threads of the learner; a second one pays for larger models and on idle cores only."""
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """The loop."""
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
-    """Objective and optimizer."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """The learner's ranks; they are started by Ray, unless torchrun or `accelerate launch` has."""
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Low-rank adapters in place of the whole model, if `lora.rank` is set."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    """The engines that sample."""
-
-    def __post_init__(self) -> None:
-        task = get_task(self.task)
-        if self.num_prompts < 0:
-            raise ValueError(f"num_prompts must be >= 0, got {self.num_prompts}")
-        if self.num_threads < 1:
-            raise ValueError(f"num_threads must be >= 1, got {self.num_threads}")
-        if self.data is None and task.make_rows is not None and self.num_prompts < 1:
-            raise ValueError(f"task {task.name} generates its problems: say how many with --num-prompts")
-        if self.trainer.max_tokens >= self.engine.max_model_len:
-            raise ValueError(
-                f"trainer.max_tokens={self.trainer.max_tokens} leaves no room for a prompt within "
-                f"engine.max_model_len={self.engine.max_model_len}; lower the first or raise the second"
-            )
-        if self.learner.token_budget < self.engine.max_model_len:
-            raise ValueError(
-                f"learner.token_budget={self.learner.token_budget} is smaller than one sequence may be, "
-                f"engine.max_model_len={self.engine.max_model_len}; raise the first or lower the second"
-            )
-        if self.lora.rank and self.mesh.ranks > 1:
-            raise ValueError(
-                f"lora.rank={self.lora.rank} with mesh.ranks={self.mesh.ranks}: adapters are not divided among ranks; "
-                "train them with one rank"
-            )
-        if self.num_prompts and self.num_prompts < self.trainer.prompts_per_step:
-            raise ValueError(
-                f"num_prompts={self.num_prompts} is fewer than trainer.prompts_per_step="
-                f"{self.trainer.prompts_per_step}; raise the first or lower the second"
-            )
+from rollout.sample import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,19 +60,31 @@ def prepare(config: ZeroConfig) -> PreparedRun:
     tokenizer = load_tokenizer(config.model)
     tensor_shapes(config.model)  # are the weights there?
     check_trackers(config.trainer.trackers)
-    task = get_task(config.task)
-    rubric = build_rubric(config.reward, task)
-    rows = task_rows(
-        task, config.data, split=config.split, count=config.num_prompts, seed=config.trainer.seed,
-        max_bad_share=config.max_bad_share, report=console.print,
-    )  # fmt: skip
-    room = config.engine.max_model_len - config.trainer.max_tokens
-    prompts = build_prompts(rows, task, tokenizer, max_tokens=room, report=console.print)
-    source = PromptSource(prompts, config.trainer.seed)
+    source, rubric = read_tasks(config, tokenizer)
     source.take(0, config.trainer.prompts_per_step)  # are there enough? Before a folder is made
     out = Path(config.out)
     open_run_folder(config, out)
     return PreparedRun(config=config, tokenizer=tokenizer, prompts=source, rubric=rubric, out=out)
+
+
+def read_tasks(config: ZeroConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSource, Rubric]:
+    """The prompts of all tasks and what judges them."""
+    room = config.engine.max_model_len - config.trainer.max_tokens
+    prompts: dict[str, list[Prompt]] = {}
+    rubrics: dict[str, Rubric] = {}
+    for part in config.parts():
+        name = part.task.name
+        rubrics[name] = build_rubric((*(config.reward or part.task.rewards), *config.extra_reward), part.task)
+        rows = task_rows(
+            part.task, part.data, split=config.split, count=config.num_prompts, seed=config.trainer.seed,
+            max_bad_share=config.max_bad_share, report=console.print,
+        )  # fmt: skip
+        prompts[name] = build_prompts(rows, part.task, tokenizer, max_tokens=room, report=console.print)
+    if not config.mixture:
+        return PromptSource(prompts[config.parts()[0].task.name], config.trainer.seed), rubrics.popitem()[1]
+    task_of = {prompt.id: name for name, of_task in prompts.items() for prompt in of_task}
+    weights = [part.weight for part in config.parts()]
+    return MixedSource(prompts, weights, config.trainer.seed), TaskRubric(rubrics, task_of)
 
 
 def open_run_folder(config: ZeroConfig, out: Path) -> None:
@@ -157,7 +98,7 @@ def open_run_folder(config: ZeroConfig, out: Path) -> None:
         return
     if not saved.exists():
         raise FileNotFoundError(f"{out} holds no run to resume (no config.json); start it without --resume")
-    started = flat_fields(read_config(ZeroConfig, saved, default=config))
+    started = flat_fields(read_config(type(config), saved, default=config))
     asked = flat_fields(config)
     free = ("out", "resume", *(name for name in asked if name.startswith("mesh.")))
     changed = [name for name in asked if name not in free and asked[name] != started[name]]
@@ -178,13 +119,18 @@ def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
     return train(prepare(config), pool)
 
 
+def device_of(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Where this process's part of a learner works; `auto` takes a GPU if there is one."""
+    kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+
+
 def build_learner(config: ZeroConfig) -> Learner:
     """The base checkpoint in training, our model or a dense one of transformers, whole or by adapters; one rank of it
     in a job of several."""
     torch.set_num_threads(config.num_threads)
     total_steps = config.trainer.steps * config.trainer.minibatches
-    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    device = device_of(config.device)
     mesh = join(config.mesh, device)
     dtype, quantize = getattr(torch, config.dtype), config.lora.quantize_base
     # What is to be sharded never is whole on the device.
@@ -234,7 +180,15 @@ def started_learner(config: ZeroConfig) -> Iterator[Learner | LearnerGroup]:
         group.close()  # not after an error: ranks may be in the middle of something, and end with rank 0
 
 
-def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
+def no_teacher(learner: Learner | LearnerGroup) -> Teach:
+    """The samples teach what their rewards say."""
+    return lambda samples, step: (samples, {})
+
+
+def train(
+    run: PreparedRun, pool: EnginePool | None = None, teacher: Callable[[Learner | LearnerGroup], Teach] = no_teacher
+) -> Path:
+    """The loop, and the trained model; `teacher` may change what is learned from the samples, see distill.py."""
     config = run.config
     console.print(f"engine {config.engine.kind}; {config.trainer.arithmetic()}", soft_wrap=True)
     set_seed(config.trainer.seed % 2**32)  # for rewards and adapters that use the global generators; nothing else does
@@ -248,6 +202,7 @@ def train(run: PreparedRun, pool: EnginePool | None = None) -> Path:
                     decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
                     on_step=lambda step, metrics: bar.advance(console_line(metrics)),
                     tell=lambda message: console.print(message, style="bold red", soft_wrap=True),
+                    teach=teacher(learner),
                 )  # fmt: skip
                 if trainer.first_step:
                     bar.advance("resumed", steps=trainer.first_step)
@@ -271,6 +226,7 @@ def console_line(metrics: dict[str, float]) -> str:
     """The few numbers worth watching."""
     shown: list[tuple[str, str, Callable[[float], str]]] = [
         ("reward", "reward/mean", lambda x: f"{x:.2f}"),
+        ("KL to teacher", "distill/divergence", lambda x: f"{x:.3f}"),
         ("thinking", "reward/thinking_length", lambda x: f"{x:.1f}"),
         ("tokens", "completion/tokens", lambda x: f"{x:.1f}"),
         ("entropy", "policy/entropy", lambda x: f"{x:.2f}"),

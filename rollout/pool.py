@@ -132,10 +132,11 @@ class LocalPool(StreamingPool):
         self._engine.close()
 
 
-def build_pool(config: EngineConfig, model: str) -> StreamingPool:
-    """Starts the engines of `config` with the checkpoint folder `model`."""
+def build_pool(config: EngineConfig, model: str, slots_beside: int = 0) -> StreamingPool:
+    """Starts the engines of `config` with the checkpoint folder `model`; if Ray is not running yet, with that many
+    slots for other processes."""
     if config.transport == "local":
         return LocalPool(config, model)
     from rollout.ray_pool import RayPool  # Ray starts processes: only for those who ask
 
-    return RayPool(config, model)
+    return RayPool(config, model, slots_beside=slots_beside)

@@ -35,11 +35,13 @@ class RayPool(StreamingPool):
 
     actor_class: type = EngineActor
 
-    def __init__(self, config: EngineConfig, model: str, report: Report = _LOGGER.warning) -> None:
-        """`report` is told about every engine that is replaced, and why."""
+    def __init__(
+        self, config: EngineConfig, model: str, report: Report = _LOGGER.warning, slots_beside: int = 0
+    ) -> None:
+        """`report` is told about every engine that is replaced, and why; `slots_beside` is for a Ray of its own."""
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            start_ray(config.num_engines)
+            start_ray(config.num_engines + slots_beside)
         check_room(config)
         self._config, self._model, self._report = config, model, report
         self._call = 0

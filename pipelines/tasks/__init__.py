@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.tasks import gsm8k, ledger
+from pipelines.tasks import countdown_mini, gsm8k, instructions, ledger, variables
 
 Row = dict[str, Any]
 
@@ -46,6 +46,36 @@ TASKS = {
         accuracy="math_answer",
         max_tokens=32,
         make_rows=ledger.make_rows,
+    ),
+    "countdown-mini": Task(
+        name="countdown-mini",
+        question=lambda row: row["question"],
+        check=countdown_mini.check_row,
+        template="r1",
+        rewards=(f"{countdown_mini.__file__}:countdown_answer", "0.1*r1_format", "0*thinking_length"),
+        accuracy="countdown_answer",
+        max_tokens=144,
+        make_rows=countdown_mini.make_rows,
+    ),
+    "instructions": Task(
+        name="instructions",
+        question=lambda row: row["question"],
+        check=instructions.check_row,
+        template="r1",
+        rewards=("exact_answer", "0.1*r1_format", "0*thinking_length"),
+        accuracy="exact_answer",
+        max_tokens=32,
+        make_rows=instructions.make_rows,
+    ),
+    "variables": Task(
+        name="variables",
+        question=lambda row: row["question"],
+        check=variables.check_row,
+        template="r1",
+        rewards=("math_answer", "0.1*r1_format", "0*thinking_length"),
+        accuracy="math_answer",
+        max_tokens=48,
+        make_rows=variables.make_rows,
     ),
     "gsm8k": Task(
         name="gsm8k",

@@ -1,0 +1,156 @@
+"""Countdown in miniature: search, verify, retry. Make a target from three numbers, each used once.
+
+An expression is read strictly from left to right, as on a pocket calculator: `7 -3 x5` is 20. Numbers are at most 12
+and no result, on the way either, is below 0 or above 60. A thought is a row of attempts, each worked out and judged:
+
+    <think> 7 x3 21 +5 26 no 7 -3 4 x5 20 yes </think> <answer> 7 -3 x5 </answer>
+
+One random attempt in eleven hits the target, so accuracy is bought with attempts, and guessing does not pay.
+
+    row = make_row(random.Random(0))      # {"question": ..., "numbers": [7, 3, 5], "target": 20}
+    text = document(row, attempts)        # a demonstration, of random attempts
+"""
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import permutations, product
+from typing import Any
+
+from pipelines.templates import TEMPLATES
+from rewards import Sample, Score, reward
+
+MAX_NUMBER, MAX_RESULT = 9, 30
+MAX_ATTEMPTS = 20
+"""Most attempts in a demonstration; who tries as many of the thirty there are, in random order, solves four of five."""
+_EXPRESSION = re.compile(r"\d{1,3}(?: [-+x]\d{1,3}){1,9}")
+_ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
+
+
+def evaluate(expression: str) -> list[int] | None:
+    """The running results from left to right, beginning with the first number; None for what is no expression."""
+    if not _EXPRESSION.fullmatch(expression):
+        return None
+    first, *rest = expression.split()
+    results = [int(first)]
+    for word in rest:
+        left, amount = results[-1], int(word[1:])
+        results.append({"+": left + amount, "-": left - amount, "x": left * amount}[word[0]])
+    return results
+
+
+@lru_cache(maxsize=1024)
+def outcomes(numbers: tuple[int, ...]) -> dict[str, list[int]]:
+    """Expression -> running results, of all that use each number once and stay within the bounds."""
+    texts = (
+        " ".join([str(order[0]), *(sign + str(number) for sign, number in zip(signs, order[1:], strict=True))])
+        for order in permutations(numbers)
+        for signs in product("+-x", repeat=len(numbers) - 1)
+    )
+    worked_out = {text: evaluate(text) or [-1] for text in texts}
+    return {text: results for text, results in worked_out.items() if 0 <= min(results) and max(results) <= MAX_RESULT}
+
+
+def check_row(row: dict[str, Any]) -> str | None:
+    """None for a usable row of a file, else the reason."""
+    if not isinstance(row.get("question"), str):
+        return "field 'question' is missing or not a text"
+    if not isinstance(row.get("target"), int) or not isinstance(row.get("numbers"), list):
+        return "field 'target' must be an integer and 'numbers' a list"
+    return None
+
+
+def make_row(rng: random.Random) -> dict[str, Any]:
+    """A problem with a solution; each target that the numbers can make is as likely as the others."""
+    numbers = rng.sample(range(1, MAX_NUMBER + 1), 3)
+    target = rng.choice(sorted({results[-1] for results in outcomes(tuple(sorted(numbers))).values()}))
+    question = f"Make {target} from {' '.join(map(str, numbers))}."
+    return {"question": question, "numbers": numbers, "target": target}
+
+
+def problem(row: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    """What makes two rows the same problem, in whatever order the numbers are named."""
+    return tuple(sorted(row["numbers"])), row["target"]
+
+
+def make_rows(count: int, seed: int, exclude: frozenset[Any] = frozenset()) -> list[dict[str, Any]]:
+    """`count` rows whose problems are not in `exclude`. There are 2,423 problems: many rows repeat some of them."""
+    rng = random.Random(f"countdown-mini {seed}")
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
+        row = make_row(rng)
+        if problem(row) not in exclude:
+            rows.append(row)
+    return rows
+
+
+def completion(row: Mapping[str, Any], attempts: Sequence[str], answer: str) -> str:
+    """A demonstration that works out and judges the attempts, then answers; right only if the answer is."""
+    words = []
+    for attempt in attempts:
+        first, *rest = attempt.split()
+        results = evaluate(attempt) or []
+        words += [first, *(f"{word} {result}" for word, result in zip(rest, results[1:], strict=True))]
+        words += [str(row["target"]), "yes" if results[-1] == row["target"] else "no"]
+    thinking = "".join(f" {word}" for word in words)
+    return f" <think>{thinking} </think> <answer> {answer} </answer>"
+
+
+def attempts_until(row: Mapping[str, Any], rng: random.Random, most: int) -> list[str]:
+    """Random attempts, none twice, up to the first that hits the target or `most` of them."""
+    results = outcomes(tuple(sorted(row["numbers"])))
+    attempts = rng.sample(list(results), min(most, len(results)))
+    hits = [number for number, attempt in enumerate(attempts, 1) if results[attempt][-1] == row["target"]]
+    return attempts[: hits[0]] if hits else attempts
+
+
+def solutions(row: Mapping[str, Any]) -> list[str]:
+    return [text for text, results in outcomes(tuple(sorted(row["numbers"]))).items() if results[-1] == row["target"]]
+
+
+def documents(
+    rows: list[dict[str, Any]],
+    rng: random.Random,
+    *,
+    share_persistent: float = 0.08,
+    share_none: float = 0.3,
+    share_insight: float = 0.3,
+) -> Iterator[str]:
+    """The pretraining text: most documents give up early and answer with their last attempt, few go on to the end.
+
+    Of those that give up, `share_insight` end with an attempt that hits: from random attempts alone, one in eleven, a
+    small model hardly learns to tell a hit.
+    """
+    for row in rows:
+        draw = rng.random()
+        if draw < share_persistent:
+            attempts = attempts_until(row, rng, MAX_ATTEMPTS)
+            yield TEMPLATES["r1"].format(row["question"]) + completion(row, attempts, attempts[-1])
+            continue
+        most = 1
+        while most < MAX_ATTEMPTS and rng.random() < 0.5:
+            most += 1
+        attempts = attempts_until(row, rng, most)
+        if draw < share_persistent + share_none:
+            yield TEMPLATES["r1"].format(row["question"]) + completion(row, [], attempts[0])
+            continue
+        if rng.random() < share_insight:
+            attempts[-1] = rng.choice(solutions(row))
+        yield TEMPLATES["r1"].format(row["question"]) + completion(row, attempts, attempts[-1])
+
+
+@reward
+def countdown_answer(sample: Sample) -> Score:
+    """1 where the answer uses each of the row's `numbers` once and makes its `target`, else 0. Counts the attempts."""
+    found = _ANSWER.search(sample.answer_part)
+    expression = " ".join(found[1].split()) if found else ""
+    results = evaluate(expression)
+    used = sorted(int(word.lstrip("+-x")) for word in expression.split()) if results else []
+    correct = results is not None and used == sorted(sample.row["numbers"]) and results[-1] == sample.row["target"]
+    attempts = sum(word in ("yes", "no") for word in sample.thinking.split())
+    return Score(
+        value=float(correct),
+        metrics={"answered": float(results is not None), "attempts": float(attempts)},
+        info={"extracted": expression[:200]},
+    )
