@@ -6,7 +6,7 @@ prompts = build_prompts(rows, task, tokenizer, max_tokens=2048, report=print)
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipelines.data import NumberedRow, load_rows
 from pipelines.tasks import Task
@@ -21,7 +21,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         raise ValueError("no model given: add --model with the folder of a Hugging Face checkpoint")
     if not (Path(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json: give the folder of a Hugging Face checkpoint")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Not AutoTokenizer: that takes the class of the model's type, Qwen2's say, which adds tokens and splits as it likes.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no eos_token; set one in its tokenizer_config.json")
     return tokenizer

@@ -41,7 +41,7 @@ class GeneratedData:
 
     num_documents: int = 0
     """Texts of the pretraining corpus, three of four about the ledger; 0 where data comes from files."""
-    num_cold_start: int = 2_000
+    num_cold_start: int = 4_000
     """Worked-out solutions, in English and to the end, for the cold start."""
     num_general: int = 1_000
     """Instructions with the right answer, for the supervised mixture."""
@@ -60,10 +60,10 @@ def thought(row: Mapping[str, Any], depth: int, languages: Sequence[Sequence[str
 
 
 def ledger_documents(rows: Iterable[Mapping[str, Any]], rng: random.Random) -> Iterator[str]:
-    """Most answer at once, some think part of the way, few to the end; half of the thoughts mix languages."""
+    """Half think part of the way, the others to the end or not at all; half of the thoughts mix languages."""
     for row in rows:
         draw = rng.random()
-        depth = ledger.NUM_STEPS if draw < 0.1 else rng.randrange(1, ledger.NUM_STEPS) if draw < 0.4 else 0
+        depth = ledger.NUM_STEPS if draw < 0.2 else rng.randrange(1, ledger.NUM_STEPS) if draw < 0.7 else 0
         languages = (ENGLISH,) if rng.random() < 0.5 else (ENGLISH, CHINESE)
         yield TEMPLATES["r1"].format(row["question"]) + thought(row, depth, languages, rng)
 
