@@ -6,7 +6,8 @@
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
     grpo distill on-policy --model STUDENT --teacher TEACHER [--config FILE.yaml] [--resume]
     grpo replay RUN --step N [--last M] [--out DIR]
-    grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
+    grpo eval [--model DIR | --server URL --server-model NAME] [--task gsm8k] [--data test.jsonl.gz] [--rescore DIR]
+    grpo eval compare A B [--out FILE.md]
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
     grpo model info DIR|PRESET
     grpo doctor --lr0 RECIPE|FILE.yaml [--model DIR]
@@ -56,6 +57,7 @@ def _commands() -> dict[str, Command]:
     from pipelines.distill import OnPolicyConfig, run_on_policy
     from pipelines.doctor import DoctorConfig, run_doctor
     from pipelines.evaluate import EvalConfig, run_eval
+    from pipelines.evaluation.compare import CompareConfig
     from pipelines.model_info import ModelInfoConfig, run_model_info
     from pipelines.pretrain import PretrainConfig, run_pretrain
     from pipelines.quickstart import QuickstartConfig, run_quickstart
@@ -85,7 +87,7 @@ def _commands() -> dict[str, Command]:
             run=run_on_policy,
         ),
         "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
-        "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),
+        "eval": Command(config=EvalConfig, recipes={"default": EvalConfig, "compare": CompareConfig}, run=run_eval),
         "reward": _reward_command(),
         # What to do with the model stands where other commands name their recipe.
         "model": Command(config=ModelInfoConfig, recipes={"info": ModelInfoConfig}, run=run_model_info),
