@@ -201,8 +201,8 @@ def _finish(config: EvalConfig, records: list[dict[str, Any]], *, seconds: float
     if result.num_unscored_samples:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.failures.items()) or "no gold answer"
         console.print(
-            f"not in the accuracy: {result.num_unscored} problems, {result.num_unscored_samples} completions ({kinds}); with "
-            f"all of them wrong it is {result.accuracy_of_all:.1%}",
+            f"not in the accuracy: {result.num_unscored} problems, {result.num_unscored_samples} completions ({kinds}); "
+            f"with all of them wrong it is {result.accuracy_of_all:.1%}",
             style="bold red", soft_wrap=True,
         )  # fmt: skip
     return result

@@ -21,7 +21,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         raise ValueError("no model given: add --model with the folder of a Hugging Face checkpoint")
     if not (Path(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json: give the folder of a Hugging Face checkpoint")
-    # Not AutoTokenizer: that takes the class of the model's type, Qwen2's say, which adds tokens and splits as it likes.
+    # Not AutoTokenizer: it takes the class of the model's type, Qwen2's say, which adds tokens and splits as it likes.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no eos_token; set one in its tokenizer_config.json")
