@@ -41,7 +41,7 @@ def tiny() -> R1Config:
     return R1Config(
         generate=GeneratedData(num_documents=45_000),
         pretrain=pretrain,
-        cold_start=replace(tuned, steps=60),
+        cold_start=replace(tuned, steps=110, lr=3e-3),
         reasoning=reasoning,
         sampling=SampleConfig(
             model="", task="ledger", num_prompts=500, completions_per_prompt=4, max_tokens=24, engine=engine
