@@ -4,6 +4,7 @@
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo sft [RECIPE] [--model DIR] [--data ...] [--out ...] [--resume]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
+    grpo r1 --recipe tiny|paper [--config FILE.yaml] [--dry-run] [--from STAGE | --only STAGE ...] [--skip STAGE ...]
     grpo distill on-policy --model STUDENT --teacher TEACHER [--config FILE.yaml] [--resume]
     grpo replay RUN --step N [--last M] [--out DIR]
     grpo eval [--model DIR | --server URL --server-model NAME] [--task gsm8k] [--data test.jsonl.gz] [--rescore DIR]
@@ -13,7 +14,8 @@
     grpo doctor --lr0 RECIPE|FILE.yaml [--model DIR]
     grpo convert SRC --out DST --to bf16|fp8|fp32
 
-`--engine native` is short for `--engine.kind native`, `--steps` for `--trainer.steps`.
+`--recipe NAME` is NAME in first place. `--engine native` is short for `--engine.kind native`, `--steps` for
+`--trainer.steps`.
 Flags beat the config file, the file beats the recipe. Exit status: 0 done, 1 the run failed or did not learn, 2 wrong
 input.
 """
@@ -203,6 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands[arguments[0]]
     try:
         result = command.run(parse(command, arguments[1:], f"grpo {arguments[0]}"))
+    except KeyboardInterrupt:
+        print("grpo: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         return 1
     except (ValueError, OSError, FloatingPointError) as error:

@@ -67,7 +67,7 @@ def stage_costs(config: R1Config, names: Sequence[str]) -> dict[str, Cost]:
     cold = plan.num_cold_start or num_rows(config.cold_start.data) or config.generate.num_cold_start
     prompts = num_prompts(config)
     general = num_rows(config.general) or config.generate.num_general
-    mixture = plan.num_mixture or general + prompts * config.sampling.completions_per_prompt
+    mixture = plan.num_mixture or general + prompts * config.sampling.completions
     problems = max(1, len(config.eval_tasks) or len(TASKS)) * (config.evaluation.limit or config.generate.num_heldout)
 
     def evaluated(size: ModelSize) -> Cost:
@@ -81,7 +81,7 @@ def stage_costs(config: R1Config, names: Sequence[str]) -> dict[str, Cost]:
         "cold-start": lambda: supervised_cost(config.cold_start, policy, cold, **supervised),
         "reasoning": lambda: rl_cost(config.reasoning, policy, lengths),
         "sampling": lambda: sampling_cost(
-            policy, prompts, config.sampling.completions_per_prompt, prompt=prompt, completion=sampled
+            policy, prompts, config.sampling.completions, prompt=prompt, completion=sampled
         ),
         "mixture": lambda: supervised_cost(config.mixture, policy, mixture, **supervised),
         "scenarios": lambda: rl_cost(config.scenarios, policy, lengths),

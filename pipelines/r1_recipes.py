@@ -44,7 +44,7 @@ def tiny() -> R1Config:
         cold_start=replace(tuned, steps=110, lr=3e-3),
         reasoning=reasoning,
         sampling=SampleConfig(
-            model="", task="ledger", num_prompts=500, completions_per_prompt=4, max_tokens=24, engine=engine
+            model="", task="ledger", num_prompts=500, completions=4, max_tokens=24, engine=engine
         ),
         mixture=replace(tuned, epochs=4),
         scenarios=scenarios,
@@ -86,7 +86,7 @@ def paper() -> R1Config:
         cold_start=tuned,
         reasoning=reasoning,
         sampling=SampleConfig(
-            model="", num_prompts=150_000, completions_per_prompt=16, max_tokens=_LONG, engine=engine
+            model="", num_prompts=150_000, completions=16, max_tokens=_LONG, engine=engine
         ),
         mixture=tuned,
         scenarios=scenarios,

@@ -35,7 +35,7 @@ class SampleConfig:
     """Prompts to use, 0 for all of a data set; generated tasks need a number."""
     reward: tuple[str, ...] = ()
     """Rewards; the task's own if none is given."""
-    completions_per_prompt: int = 4
+    completions: int = 4
     """Completions of each prompt."""
     min_reward: float = 1.0
     """What a completion must reach to be kept."""
@@ -72,7 +72,7 @@ def run_sample(config: SampleConfig) -> Path:
     done = {trace.prompt_id for trace in resume_traces(out / "all.jsonl")} if config.resume else set()
     left = [prompt for prompt in prompts if prompt.id not in done]
     params = SamplingParams(
-        num_completions=config.completions_per_prompt, max_tokens=max_tokens, temperature=config.temperature,
+        num_completions=config.completions, max_tokens=max_tokens, temperature=config.temperature,
         stop_token_id=stop_token(tokenizer), seed=config.seed,
     )  # fmt: skip
     source = Source(
@@ -94,7 +94,7 @@ def run_sample(config: SampleConfig) -> Path:
         if trace.finish_reason == "stop" and trace.reward is not None and trace.reward >= config.min_reward
     ]
     count = write_traces(out / "traces.jsonl", kept)
-    console.print(f"{count} of {len(prompts) * config.completions_per_prompt} completions kept")
+    console.print(f"{count} of {len(prompts) * config.completions} completions kept")
     return out / "traces.jsonl"
 
 
