@@ -4,6 +4,8 @@
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
     grpo replay RUN --step N [--last M] [--out DIR]
+    grpo sample [--model DIR] [--task gsm8k] [--data train.jsonl] [--completions 8] [--out DIR]
+    grpo decontaminate DATA --against FILE... --out CLEAN.jsonl
     grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
     grpo model info DIR|PRESET
@@ -51,6 +53,7 @@ class Command:
 def _commands() -> dict[str, Command]:
     """Imported late, so that `grpo --help` does not wait for torch."""
     from pipelines.convert import ConvertConfig, run_convert
+    from pipelines.decontaminate import DecontaminateConfig, run_decontaminate
     from pipelines.doctor import DoctorConfig, run_doctor
     from pipelines.evaluate import EvalConfig, run_eval
     from pipelines.model_info import ModelInfoConfig, run_model_info
@@ -58,6 +61,7 @@ def _commands() -> dict[str, Command]:
     from pipelines.quickstart import QuickstartConfig, run_quickstart
     from pipelines.recipes import PRETRAIN_RECIPES, ZERO_RECIPES
     from pipelines.replay import ReplayConfig, run_replay
+    from pipelines.sample import SampleConfig, run_sample
     from pipelines.zero import ZeroConfig, run_zero
 
     return {
@@ -71,6 +75,10 @@ def _commands() -> dict[str, Command]:
             config=ZeroConfig, recipes={"default": lambda: ZeroConfig(model="")} | ZERO_RECIPES, run=run_zero
         ),
         "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
+        "sample": Command(config=SampleConfig, recipes={"default": lambda: SampleConfig(model="")}, run=run_sample),
+        "decontaminate": Command(
+            config=DecontaminateConfig, recipes={"default": DecontaminateConfig}, run=run_decontaminate
+        ),
         "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),
         "reward": _reward_command(),
         # What to do with the model stands where other commands name their recipe.
