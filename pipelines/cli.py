@@ -9,6 +9,8 @@
     grpo replay RUN --step N [--last M] [--out DIR]
     grpo eval [--model DIR | --server URL --server-model NAME] [--task gsm8k] [--data test.jsonl.gz] [--rescore DIR]
     grpo eval compare A B [--out FILE.md]
+    grpo sample [--model DIR] [--task gsm8k] [--data train.jsonl] [--completions 8] [--out DIR]
+    grpo decontaminate DATA --against FILE... --out CLEAN.jsonl
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
     grpo model info DIR|PRESET
     grpo doctor --lr0 RECIPE|FILE.yaml [--model DIR]
@@ -57,6 +59,7 @@ def _commands() -> dict[str, Command]:
     """Imported late, so that `grpo --help` does not wait for torch."""
     from pipelines.convert import ConvertConfig, run_convert
     from pipelines.distill import OnPolicyConfig, run_on_policy
+    from pipelines.decontaminate import DecontaminateConfig, run_decontaminate
     from pipelines.doctor import DoctorConfig, run_doctor
     from pipelines.evaluate import EvalConfig, run_eval
     from pipelines.evaluation.compare import CompareConfig
@@ -69,6 +72,7 @@ def _commands() -> dict[str, Command]:
     from pipelines.recipes import PRETRAIN_RECIPES, SFT_RECIPES, ZERO_RECIPES
     from pipelines.replay import ReplayConfig, run_replay
     from pipelines.sft import SFTConfig, run_sft
+    from pipelines.sample import SampleConfig, run_sample
     from pipelines.zero import ZeroConfig, run_zero
 
     return {
@@ -90,6 +94,10 @@ def _commands() -> dict[str, Command]:
         ),
         "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
         "eval": Command(config=EvalConfig, recipes={"default": EvalConfig, "compare": CompareConfig}, run=run_eval),
+        "sample": Command(config=SampleConfig, recipes={"default": lambda: SampleConfig(model="")}, run=run_sample),
+        "decontaminate": Command(
+            config=DecontaminateConfig, recipes={"default": DecontaminateConfig}, run=run_decontaminate
+        ),
         "reward": _reward_command(),
         # What to do with the model stands where other commands name their recipe.
         "model": Command(config=ModelInfoConfig, recipes={"info": ModelInfoConfig}, run=run_model_info),

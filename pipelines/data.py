@@ -46,18 +46,13 @@ def load_rows(
     """
     good: list[NumberedRow] = []
     bad: list[str] = []
-    before = 0
-    for part in _parts(source):
-        unit = "line" if Path(part).name.removesuffix(".gz").endswith(_TEXT_ENDINGS) else "row"
-        number = 0
-        for number, row in _read(part, split):
-            reason = row if isinstance(row, str) else check(row)
-            if reason is None:
-                assert not isinstance(row, str)
-                good.append(NumberedRow(number=before + number, row=row))
-            else:
-                bad.append(f"{part}, {unit} {number}: {reason}")
-        before += number
+    for number, where, row in iter_rows(source, split):
+        reason = row if isinstance(row, str) else check(row)
+        if reason is None:
+            assert not isinstance(row, str)
+            good.append(NumberedRow(number=number, row=row))
+        else:
+            bad.append(f"{where}: {reason}")
     total = len(good) + len(bad)
     for problem in bad[:_SHOWN]:
         report(problem)
@@ -71,6 +66,20 @@ def load_rows(
     if not good:
         raise ValueError(f"{source} has no rows")
     return good
+
+
+def iter_rows(source: str, split: str) -> Iterator[tuple[int, str, Row | str]]:
+    """Every row of `source` with its number and where it stands, one at a time; in place of what is no row, the reason.
+
+    Raises as `load_rows` does for what cannot be read at all.
+    """
+    before = 0
+    for part in _parts(source):
+        unit = "line" if Path(part).name.removesuffix(".gz").endswith(_TEXT_ENDINGS) else "row"
+        number = 0
+        for number, row in _read(part, split):
+            yield before + number, f"{part}, {unit} {number}", row
+        before += number
 
 
 def _parts(source: str) -> list[str]:

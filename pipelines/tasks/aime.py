@@ -2,20 +2,8 @@
 evaluate. With 30 problems an evaluation needs many samples of each.
 """
 
-from pipelines.tasks.base import Row
-from pipelines.tasks.math_rows import answer_of, math_task
-from pipelines.tasks.math_rows import check_row as check_math
+from pipelines.tasks.math_rows import math_task
 
-
-def check_row(row: Row) -> str | None:
-    """None for a usable row, else the reason; the answer must be a whole number."""
-    reason = check_math(row)
-    answer = answer_of(row) if reason is None else None
-    if answer is not None and not (answer.isascii() and answer.isdigit()):
-        return f"an answer of AIME is a whole number from 0 to 999, got {answer!r}"
-    return reason
-
-
-TASK = math_task(name="aime", check=check_row, max_tokens=8192)
-AIME24 = math_task(name="aime24", check=check_row, max_tokens=8192, default_data="HuggingFaceH4/aime_2024@train")
-AIME25 = math_task(name="aime25", check=check_row, max_tokens=8192, default_data="math-ai/aime25@test")
+TASK = math_task(name="aime", max_tokens=8192)
+AIME24 = math_task(name="aime24", max_tokens=8192, default_data="HuggingFaceH4/aime_2024@train")
+AIME25 = math_task(name="aime25", max_tokens=8192, default_data="math-ai/aime25@test")

@@ -22,14 +22,23 @@ class np:
         return out == exp or abs(out - exp) <= atol + rtol * abs(exp)
 '''
 
+# HumanEval/32 asks for a root; the hub's form has the arguments in the wrong places, so that every program fails.
+_ROOT_TEST = "_poly(*candidate(*inp), inp) <= 0.0001"
+_MENDED_ROOT_TEST = "abs(_poly(*inp, candidate(*inp))) <= 0.0001"
+
 
 def check_tests(row: Row) -> str | None:
     """None for a row in the hub's form, else the reason."""
     if "plus_input" in row:
         return "EvalPlus' release form, with inputs and no results: take the hub's form (OriginFmt)"
     test = row.get("test")
-    return None if isinstance(test, str) and "assertion(" in test else "field 'test' holds no tests of EvalPlus"
+    return (
+        None
+        if isinstance(test, str) and ("assertion(" in test or _ROOT_TEST in test)
+        else "field 'test' holds no tests of EvalPlus"
+    )
 
 
 def prepare_tests(row: Row) -> Row:
-    return row | {"test": row["test"].replace("import numpy as np\n", _NUMPY, 1)}
+    test = row["test"].replace("import numpy as np\n", _NUMPY, 1).replace(_ROOT_TEST, _MENDED_ROOT_TEST)
+    return row | {"test": test}
