@@ -114,15 +114,15 @@ class _Run:
             if first:
                 bar.advance("resumed", steps=first)
             elif len(self.heldout):
-                self._judge(0)
-            started, before = time.perf_counter(), self.tokens
+                console.print(f"held-out loss before training: {self._judge(0)['loss/heldout']:.4f}")
             for step in range(first, self.total):
                 if self._is_over:
                     break
-                metrics = self.learner.update(self.store, next(order))
+                places, started = next(order), time.perf_counter()
+                metrics = self.learner.update(self.store, places)
+                metrics["speed/tokens_per_s"] = metrics["data/tokens"] / (time.perf_counter() - started)
                 self.tokens += int(metrics["data/tokens"])
                 self.loss = metrics["loss/train"]
-                metrics["speed/tokens_per_s"] = (self.tokens - before) / (time.perf_counter() - started)
                 if len(self.heldout) and self._evaluates_after(step + 1):
                     metrics |= self._judge(step + 1)
                 self._tell(bar, step, metrics, logger)
@@ -162,9 +162,8 @@ class _Run:
             ("experts in use", "moe/experts_used", lambda x: f"{x:.0%}"),
             ("tokens/s", "speed/tokens_per_s", lambda x: f"{x:,.0f}"),
         ]
-        if self.heldout_loss is not None:
-            metrics = {"loss/heldout": self.heldout_loss} | metrics
-        bar.advance("  ".join(f"{name} {write(metrics[key])}" for name, key, write in shown if key in metrics))
+        known = metrics if self.heldout_loss is None else {"loss/heldout": self.heldout_loss} | metrics
+        bar.advance("  ".join(f"{name} {write(known[key])}" for name, key, write in shown if key in known))
         if logger is not None:
             logger.log(step, metrics)
 

@@ -93,6 +93,10 @@ class TokenStore:
     def num_trained(self) -> int:
         return int(self.trained_W.sum())
 
+    def tokens_in(self, places: Sequence[int]) -> int:
+        """Tokens of these sequences."""
+        return int((self.starts[np.add(places, 1)] - self.starts[places]).sum())
+
     def trained_in(self, places: Iterable[int]) -> int:
         """Trained tokens of these sequences."""
         return sum(int(np.count_nonzero(self.trained_W[self._span(place)])) for place in places)

@@ -3,7 +3,7 @@
 Pinned: (1) any text comes back exactly; (2) a phrase is one token, wherever it stands, and leaves its neighbours alone;
 (3) frequent words are one token together with the space before them; (4) the folder loads in transformers and encodes
 alike; (5) the end-of-text token is dropped from decoded completions; (6) a vocabulary without room for all bytes is
-refused; (7) training is deterministic.
+refused; (7) training is deterministic; (8) many texts at once are encoded one like the other, whole.
 """
 
 import random
@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipelines.prompting import decoder, load_tokenizer, stop_token
 from pipelines.tasks import ledger
 from pipelines.templates import R1_PREAMBLE
-from pipelines.tokenizer import END_OF_TEXT, PADDING, train_tokenizer
+from pipelines.tokenizer import END_OF_TEXT, PADDING, encode_texts, train_tokenizer
 
 PHRASE = "Now let us begin:"
 TEXTS = list(ledger.documents(ledger.make_rows(300, seed=0), random.Random(0)))
@@ -120,3 +121,15 @@ def test_a_tokenizer_without_end_is_refused(tmp_path: Path) -> None:
     tokenizer.save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="has no eos_token"):
         load_tokenizer(str(tmp_path))
+
+
+def test_many_texts_at_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Also where the tokenizer's own file asks for short texts of equal length, as those of sentence encoders do."""
+    tokenizer.save_pretrained(str(tmp_path))
+    cutting = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    cutting.enable_truncation(5)
+    cutting.enable_padding(length=9)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    texts = [*TEXTS[:50], "", f"one {END_OF_TEXT} two"]
+    encoded = encode_texts(load_tokenizer(str(tmp_path)), texts)
+    assert [ids.tolist() for ids in encoded] == [encode(tokenizer, text) for text in texts]
