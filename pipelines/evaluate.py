@@ -95,8 +95,6 @@ def run_eval(config: EvalConfig | CompareConfig) -> EvalResult | None:
 
 def _task_and_rubric(config: EvalConfig) -> tuple[Task, Rubric]:
     task = get_task(config.task)
-    if config.template:
-        task = replace(task, template=config.template)
     rubric = build_rubric(config.reward, task)
     if task.accuracy not in [reward.name for reward in rubric.rewards]:
         raise ValueError(f"task {task.name} counts answers with the reward {task.accuracy!r}: add it to --reward")
@@ -151,7 +149,7 @@ def _about(config: EvalConfig, task: Task, weights: str) -> Callable[[Prompt], d
         "model": config.server_model or config.model, "weights": weights, "temperature": config.temperature,
         "max_tokens": config.tokens_per_completion, "seed": config.seed, "top_p": config.top_p, "top_k": config.top_k,
     }  # fmt: skip
-    template = "chat" if config.server_api == "chat" else task.template
+    template = "chat" if config.server_api == "chat" else config.template or task.template
     return lambda prompt: {
         "task": task.name, "template": template, "question": task.question(dict(prompt.row)), "source": source,
     }  # fmt: skip
@@ -201,8 +199,8 @@ def _finish(config: EvalConfig, records: list[dict[str, Any]], *, seconds: float
     if result.num_unscored_samples:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.failures.items()) or "no gold answer"
         console.print(
-            f"not in the accuracy: {result.num_unscored} problems, {result.num_unscored_samples} completions ({kinds}); "
-            f"with all of them wrong it is {result.accuracy_of_all:.1%}",
+            f"not scored: {result.num_unscored} problems, {result.num_unscored_samples} completions ({kinds}); "
+            f"with all of these wrong it is {result.accuracy_of_all:.1%}",
             style="bold red", soft_wrap=True,
         )  # fmt: skip
     return result
@@ -213,12 +211,13 @@ def _heading(config: EvalConfig, task: Task) -> dict[str, Any]:
     sampling = "greedy" if config.temperature == 0 else (
         f"temperature {config.temperature:g}, top_p {config.top_p:g}, top_k {config.top_k or 'all'}"
     )  # fmt: skip
+    template = "chat" if config.server_api == "chat" else config.template or task.template
     judged = {"judged again": config.rescore} if config.rescore else {}
     return {
         "model": config.model or f"{config.server_model} at {config.server} ({config.server_api})",
         "task": task.name,
         "data": config.data or task.default_data or "generated",
-        "template": "chat" if config.server_api == "chat" else config.template or task.template,
+        "template": f"{template}, {config.shots} worked examples",
         "sampling": f"{sampling}, {config.num_samples} per problem, up to {config.tokens_per_completion} tokens, "
         f"stop {list(config.stop)}, seed {config.seed}",
         "rewards": ", ".join(config.reward or task.rewards),

@@ -6,7 +6,7 @@ from typing import Literal
 from pipelines.config import flat_fields
 from pipelines.evaluation.extractors import EXTRACTORS
 from pipelines.tasks import get_task
-from pipelines.templates import get_template
+from pipelines.templates import check_template
 from rollout.engine import EngineConfig
 
 
@@ -31,7 +31,9 @@ class EvalConfig:
     task: str = "gsm8k"
     """Name of the task."""
     template: str = ""
-    """Prompt template; the task's own if none is given."""
+    """Prompt template; the task's own if none is given, `chat` for the tokenizer's."""
+    shots: int = 0
+    """Worked examples of the task before the question."""
     data: str | None = None
     """File or hub id; without it the task generates its rows or names its own hub id."""
     split: str = "test"
@@ -87,15 +89,17 @@ class EvalConfig:
         if unknown := [name for name in self.extractors if name not in EXTRACTORS]:
             raise ValueError(f"unknown extractor {unknown[0]!r}; known: {', '.join(EXTRACTORS)}")
         if self.template:
-            get_template(self.template)
+            check_template(self.template)
         if bool(self.server) != bool(self.server_model):
             raise ValueError("server and server_model belong together: where to ask, and for which model")
         if self.server and self.model:
             raise ValueError(f"model={self.model!r} and server={self.server!r}: give one of them")
         if (self.server_api == "chat" or self.system) and not self.server:
             raise ValueError("server_api and system are for a server: give --server and --server-model")
-        if self.server_api == "chat" and self.template:
-            raise ValueError(f"template={self.template!r}: the chat endpoint applies the model's own; leave it out")
+        if self.server_api == "chat" and (self.template or self.shots):
+            raise ValueError("template and shots have no effect at the chat endpoint, which gets the bare question")
+        if self.server and self.template == "chat":
+            raise ValueError("template 'chat' needs the model's tokenizer: set --server-api chat instead")
         if self.system and self.server_api != "chat":
             raise ValueError("system is for the chat endpoint: set --server-api chat")
         if self.data is None and task.make_rows is not None and self.limit < 1 and not self.rescore:

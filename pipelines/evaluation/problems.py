@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipelines.console import console
 from pipelines.evaluation.config import EvalConfig
-from pipelines.prompting import build_prompts, load_tokenizer, task_rows
+from pipelines.prompting import build_prompts, load_tokenizer, shown_examples, task_rows
 from pipelines.tasks import Task
 from pipelines.templates import get_template
 from rollout.sample import Prompt
@@ -33,14 +33,22 @@ def read_problems(config: EvalConfig, task: Task) -> Problems:
         max_bad_share=config.max_bad_share, report=console.print,
     )  # fmt: skip
     if config.server:
-        template = get_template(task.template)
+        template, examples = get_template(config.template or task.template), shown_examples(task, config.shots)
         questions = [(f"{task.name}-{row.number}", task.question(row.row), row.row) for row in rows]
         prompts = [
-            Prompt(id=name, text=text if config.server_api == "chat" else template.format(text), token_ids=[], row=row)
+            Prompt(
+                id=name,
+                text=text if config.server_api == "chat" else template.format(text, examples),
+                token_ids=[],
+                row=row,
+            )
             for name, text, row in questions
         ]
         return Problems(task=task, fitting=prompts, too_long=[], room=0)
-    prompts = build_prompts(rows, task, load_tokenizer(config.model), max_tokens=sys.maxsize, report=console.print)
+    prompts = build_prompts(
+        rows, task, load_tokenizer(config.model), max_tokens=sys.maxsize, report=console.print,
+        template=config.template, shots=config.shots,
+    )  # fmt: skip
     room = config.engine.max_model_len - config.tokens_per_completion
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= room]
     if not fitting:
