@@ -5,7 +5,10 @@
     grpo sft [RECIPE] [--model DIR] [--data ...] [--out ...] [--resume]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
     grpo r1 --recipe tiny|paper [--config FILE.yaml] [--dry-run] [--from STAGE | --only STAGE ...] [--skip STAGE ...]
-    grpo distill on-policy --model STUDENT --teacher TEACHER [--config FILE.yaml] [--resume]
+    grpo distill traces --student DIR|ARCHITECTURE --teacher DIR [--traces TRACES.jsonl] [--out DIR] [--resume]
+    grpo distill on-policy --model DIR --teacher DIR [--config FILE.yaml] [--resume]
+    grpo dpo --model DIR --data PAIRS.jsonl [--out DIR] [--resume]
+    grpo reward-model --model DIR --data PAIRS.jsonl [--out DIR] [--resume]
     grpo replay RUN --step N [--last M] [--out DIR]
     grpo eval [--model DIR | --server URL --server-model NAME] [--task gsm8k] [--data test.jsonl.gz] [--rescore DIR]
     grpo eval compare A B [--out FILE.md]
@@ -58,12 +61,13 @@ class Command:
 def _commands() -> dict[str, Command]:
     """Imported late, so that `grpo --help` does not wait for torch."""
     from pipelines.convert import ConvertConfig, run_convert
-    from pipelines.distill import OnPolicyConfig, run_on_policy
     from pipelines.decontaminate import DecontaminateConfig, run_decontaminate
+    from pipelines.distill import OnPolicyConfig, TracesConfig, run_distill
     from pipelines.doctor import DoctorConfig, run_doctor
     from pipelines.evaluate import EvalConfig, run_eval
     from pipelines.evaluation.compare import CompareConfig
     from pipelines.model_info import ModelInfoConfig, run_model_info
+    from pipelines.preference import DPOConfig, run_dpo
     from pipelines.pretrain import PretrainConfig, run_pretrain
     from pipelines.quickstart import QuickstartConfig, run_quickstart
     from pipelines.r1 import run_r1
@@ -71,8 +75,9 @@ def _commands() -> dict[str, Command]:
     from pipelines.r1_recipes import R1_RECIPES
     from pipelines.recipes import PRETRAIN_RECIPES, SFT_RECIPES, ZERO_RECIPES
     from pipelines.replay import ReplayConfig, run_replay
-    from pipelines.sft import SFTConfig, run_sft
+    from pipelines.reward_model import RewardModelConfig, run_reward_model
     from pipelines.sample import SampleConfig, run_sample
+    from pipelines.sft import SFTConfig, run_sft
     from pipelines.zero import ZeroConfig, run_zero
 
     return {
@@ -88,9 +93,18 @@ def _commands() -> dict[str, Command]:
         ),
         "r1": Command(config=R1Config, recipes=dict(R1_RECIPES), run=run_r1),
         "distill": Command(
-            config=OnPolicyConfig,
-            recipes={"on-policy": lambda: OnPolicyConfig(model="", teacher="")},
-            run=run_on_policy,
+            config=object,
+            recipes={
+                "traces": lambda: TracesConfig(student=""),
+                "on-policy": lambda: OnPolicyConfig(model="", teacher=""),
+            },
+            run=run_distill,
+        ),
+        "dpo": Command(config=DPOConfig, recipes={"default": lambda: DPOConfig(model="", data="")}, run=run_dpo),
+        "reward-model": Command(
+            config=RewardModelConfig,
+            recipes={"default": lambda: RewardModelConfig(model="", data="")},
+            run=run_reward_model,
         ),
         "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
         "eval": Command(config=EvalConfig, recipes={"default": EvalConfig, "compare": CompareConfig}, run=run_eval),

@@ -1,6 +1,9 @@
 """Distillation: a student learns what a teacher would say.
 
+    grpo distill traces --student tiny --teacher teacher --sample.task gsm8k --sample.data train.jsonl.gz
     grpo distill on-policy --model student --teacher teacher --task gsm8k --data train.jsonl.gz --out runs/distill
+
+From the teacher's text ("traces", DeepSeek-R1's way): `grpo sample` and `grpo sft`, one behind the other.
 
 On its own samples ("on-policy": GKD, arXiv:2306.13649; Thinking Machines, 2025; Qwen3, arXiv:2505.09388), the loop is
 that of `grpo zero`, with a teacher's advantages or divergence in place of the reward's, or beside them. The run folder
@@ -12,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -23,10 +27,15 @@ from grpo.objective import check_supervision
 from models import from_pretrained
 from models.checkpoint import tensor_shapes
 from pipelines.console import console
-from pipelines.data import Row, load_rows
-from pipelines.prompting import load_tokenizer, stop_token
+from pipelines.data import load_rows
+from pipelines.prompting import load_tokenizer
+from pipelines.sample import SampleConfig, run_sample
+from pipelines.sft import SFTConfig, run_sft
+from pipelines.sft_data import check_row, encode_rows
 from pipelines.teacher import SampledTeacher, WholeTeacher, check_same_tokenizer
-from pipelines.zero import ZeroConfig, device_of, prepare, serve_rank, train
+from pipelines.templates import get_template
+from pipelines.zero import device_of, prepare, serve_rank, train
+from pipelines.zero_config import ZeroConfig
 from rollout.engine import EngineConfig
 from rollout.pool import EnginePool, build_pool
 
@@ -152,7 +161,7 @@ def served_teacher(config: OnPolicyConfig, pool: EnginePool | None) -> Iterator[
 def whole_teacher(config: OnPolicyConfig, tokenizer: PreTrainedTokenizerBase) -> WholeTeacher:
     """The teacher as a frozen model on the learner's device, in the learner's dtype."""
     dtype = getattr(torch, config.dtype)
-    model = from_pretrained(config.teacher, dtype=dtype, device=device_of(config)).requires_grad_(False)
+    model = from_pretrained(config.teacher, dtype=dtype, device=device_of(config.device)).requires_grad_(False)
     return WholeTeacher(
         model=model,
         beta=config.beta,
@@ -166,35 +175,83 @@ def whole_teacher(config: OnPolicyConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def trace_samples(config: OnPolicyConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TrainingSample, ...]:
-    """The teacher's completions as the student would have sampled them. Raises ValueError if one is too long."""
+    """The teacher's completions as the student would have sampled them. Raises ValueError if none is short enough."""
     rows = load_rows(
-        config.traces or "", split="train", check=check_trace, max_bad_share=config.max_bad_share, report=console.print
+        config.traces, split="train", check=check_row, max_bad_share=config.max_bad_share, report=console.print
     )
-    samples = []
-    for row in rows:
-        prompt, completion = (
-            list(tokenizer(row.row[name], add_special_tokens=False)["input_ids"]) for name in ("prompt", "completion")
+    encoded = encode_rows(
+        [row.row for row in rows], get_template("r1"), tokenizer, max_length=config.engine.max_model_len
+    )
+    if encoded.num_dropped:
+        console.print(f"{encoded.num_dropped} of {len(rows)} traces are longer than engine.max_model_len: left out")
+    store = encoded.store
+    return tuple(
+        TrainingSample(
+            token_ids=store.ids_W[start:end].tolist(),
+            loss_mask=store.trained_W[start:end].tolist(),
+            sampling_logprobs=[0.0] * int(end - start),
+            advantage=0.0,
         )
-        if row.row.get("finish_reason", "stop") == "stop":
-            completion.append(stop_token(tokenizer))
-        if len(prompt) + len(completion) > config.engine.max_model_len:
+        for start, end in pairwise(store.starts)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracesConfig:
+    """`grpo distill traces`: a student learns the text that a teacher wrote."""
+
+    student: str
+    """Folder of a checkpoint; or, for random weights, a named size or a folder with a config.json alone, of our
+    architecture or a dense one of transformers."""
+    teacher: str = ""
+    """Folder of the teacher's checkpoint: it writes the traces, and a student of random weights gets its tokenizer."""
+    traces: str = ""
+    """File of the teacher's completions, as `grpo sample` writes it; without it the teacher writes them now."""
+    out: str = "runs/distill"
+    """Run folder: sample/ with the traces, sft/ with the student."""
+    resume: bool = False
+    """Go on with what an interrupted run has left in `out`."""
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(model="", out=""))
+    """What the teacher writes and which of it is kept; its `model`, `out` and `resume` are set here."""
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(data="", out=""))
+    """How the student learns it; its `model`, `architecture`, `tokenizer`, `data`, `out` and `resume` are set here."""
+
+    def __post_init__(self) -> None:
+        given = [self.sample.model, self.sample.out, self.sft.data, self.sft.out]
+        given += [self.sft.model, self.sft.architecture, self.sft.tokenizer]
+        if any(given) or self.sample.resume or self.sft.resume:
             raise ValueError(
-                f"{config.traces}, line {row.number}: {len(prompt) + len(completion)} tokens are more than "
-                f"engine.max_model_len={config.engine.max_model_len}; raise it or leave the trace out"
+                "student, teacher, traces, out and resume belong to the whole: give them without sample. or sft."
             )
-        samples.append(
-            TrainingSample(
-                token_ids=prompt + completion,
-                loss_mask=[False] * len(prompt) + [True] * len(completion),
-                sampling_logprobs=[0.0] * (len(prompt) + len(completion)),
-                advantage=0.0,
-            )
+
+
+def run_traces(config: TracesConfig) -> Path:
+    """The whole of `grpo distill traces`; the folder of the trained student."""
+    is_fresh = not any(Path(config.student).glob("*.safetensors"))
+    if not config.student:
+        raise ValueError("no student given: add --student with a checkpoint's folder or an architecture")
+    if not config.teacher and (is_fresh or not config.traces):
+        raise ValueError(
+            "no teacher given: add --teacher, which writes the traces where --traces is not given, and whose tokenizer "
+            "a student of random weights gets"
         )
-    return tuple(samples)
+    if config.teacher:
+        load_tokenizer(config.teacher)
+    traces, out = config.traces, Path(config.out)
+    if not config.traces:
+        sample = replace(config.sample, model=config.teacher, out=str(out / "sample"))
+        finished = out / "sample" / "traces.jsonl"
+        if finished.exists() and not config.resume:
+            raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        started = (out / "sample").exists()
+        traces = str(finished if finished.exists() else run_sample(replace(sample, resume=config.resume and started)))
+    started = (out / "sft" / "config.json").exists()
+    learning = replace(config.sft, data=traces, out=str(out / "sft"), resume=config.resume and started)
+    if is_fresh:
+        return run_sft(replace(learning, architecture=config.student, tokenizer=config.teacher))
+    return run_sft(replace(learning, model=config.student))
 
 
-def check_trace(row: Row) -> str | None:
-    for name in ("prompt", "completion"):
-        if not isinstance(row.get(name), str) or not row[name]:
-            return f"field {name!r} is missing or empty"
-    return None
+def run_distill(config: TracesConfig | OnPolicyConfig) -> Path:
+    """By the kind of the configuration."""
+    return run_traces(config) if isinstance(config, TracesConfig) else run_on_policy(config)

@@ -3,16 +3,20 @@
 prompts = build_prompts(rows, task, tokenizer, max_tokens=2048, report=print)
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipelines.data import NumberedRow, load_rows
 from pipelines.tasks import Example, Task
 from pipelines.templates import CHAT, check_template, get_template
 from rewards import Rubric, load_rubric
 from rollout.sample import Prompt
+
+_PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Of a tokenizer that is what its tokenizer.json says, with nothing added by a class."""
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -21,8 +25,11 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         raise ValueError("no model given: add --model with the folder of a Hugging Face checkpoint")
     if not (Path(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json: give the folder of a Hugging Face checkpoint")
-    # Not AutoTokenizer: it takes the class of the model's type, Qwen2's say, which adds tokens and splits as it likes.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    named = Path(folder) / "tokenizer_config.json"
+    # For some architectures, Qwen2 for one, AutoTokenizer takes their own class whatever the file names, and that class
+    # splits text its own way: a student of such an architecture would not have its teacher's tokenizer.
+    is_plain = named.is_file() and json.loads(named.read_text()).get("tokenizer_class") in _PLAIN_CLASSES
+    tokenizer = (PreTrainedTokenizerFast if is_plain else AutoTokenizer).from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no eos_token; set one in its tokenizer_config.json")
     return tokenizer

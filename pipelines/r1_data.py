@@ -9,30 +9,19 @@ consistency, DeepSeek-R1's reward against mixed languages (arXiv:2501.12948 sect
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from models.presets import TINY
 from pipelines.tasks import instructions, ledger
 from pipelines.templates import TEMPLATES
 
 ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CHINESE = ("\u96f6", "\u4e00", "\u4e8c", "\u4e09", "\u56db", "\u4e94", "\u516d", "\u4e03", "\u516b", "\u4e5d")
 TASKS = ("ledger", "instructions")
-STUDENT = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rope_theta": 100.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 512,
-}
-"""A dense student, a third of the teacher's size; its vocabulary becomes the teacher's."""
+STUDENT = replace(TINY, hidden_size=48, moe_intermediate_size=32, n_routed_experts=4)
+"""A third of the teacher's parameters; its vocabulary becomes the teacher's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,4 +101,4 @@ def write_data(config: GeneratedData, folder: Path) -> None:
         paths(folder)[name].write_text(text)
     student = paths(folder)["student"]
     student.parent.mkdir(exist_ok=True)
-    student.write_text(json.dumps(STUDENT, indent=2) + "\n")
+    student.write_text(json.dumps(STUDENT.to_dict(), indent=2) + "\n")

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -118,9 +119,9 @@ def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
     return train(prepare(config), pool)
 
 
-def device_of(config: ZeroConfig) -> torch.device:
-    """Where this process's part of the learner works."""
-    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Where this process's part of a learner works; `auto` takes a GPU if there is one."""
+    kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
 
 
@@ -129,7 +130,7 @@ def build_learner(config: ZeroConfig) -> Learner:
     in a job of several."""
     torch.set_num_threads(config.num_threads)
     total_steps = config.trainer.steps * config.trainer.minibatches
-    device = device_of(config)
+    device = device_of(config.device)
     mesh = join(config.mesh, device)
     dtype, quantize = getattr(torch, config.dtype), config.lora.quantize_base
     # What is to be sharded never is whole on the device.

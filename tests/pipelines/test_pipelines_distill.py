@@ -52,7 +52,9 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distill(student: Path, teacher: Path, out: Path, *flags: object) -> list[dict[str, float]]:
-    done = grpo("distill", "--model", student, "--teacher", teacher, "--out", out, *SMALL, "--steps", STEPS, *flags)
+    done = grpo(
+        "distill", "on-policy", "--model", student, "--teacher", teacher, "--out", out, *SMALL, "--steps", STEPS, *flags
+    )
     assert done.status == 0, done.err
     return read_metrics(out)
 
@@ -131,13 +133,73 @@ def _repeatable(row: dict[str, float]) -> dict[str, float]:
     ],
 )
 def test_refused(flags: tuple[object, ...], message: str, student: Path, base: Path, tmp_path: Path) -> None:
-    arguments = ("distill", "--model", student, "--teacher", base, "--out", tmp_path / "run", *SMALL, *flags)
+    arguments = (
+        "distill",
+        "on-policy",
+        "--model",
+        student,
+        "--teacher",
+        base,
+        "--out",
+        tmp_path / "run",
+        *SMALL,
+        *flags,
+    )
     assert message in grpo(*arguments).one_line_error()
     assert not (tmp_path / "run").exists()
 
 
 def test_other_tokenizer_is_refused(student: Path, base_config: PretrainConfig, tmp_path: Path) -> None:
     teacher = run_pretrain(replace(base_config, out=str(tmp_path / "teacher"), steps=1, vocab_size=300))
-    error = grpo("distill", "--model", student, "--teacher", teacher, "--out", tmp_path / "run", *SMALL)
+    error = grpo("distill", "on-policy", "--model", student, "--teacher", teacher, "--out", tmp_path / "run", *SMALL)
     assert "is '" in error.one_line_error() and "to the teacher" in error.err
+    assert not (tmp_path / "run").exists()
+
+
+def distill_traces(out: Path, *flags: object) -> Any:
+    settings = ("--sft.steps", 30, "--sft.samples-per-step", 8, "--sft.lr", 3e-3, "--sft.heldout-share", 0.2)
+    return grpo("distill", "traces", "--out", out, *settings, *flags)
+
+
+def test_traces_that_the_teacher_writes_now(base: Path, tmp_path: Path) -> None:
+    """Into a student of random weights; what is kept comes from the teacher, in its tokenizer."""
+    flags = (
+        "--student", "tiny", "--teacher", base, "--sample.task", "ledger", "--sample.num-prompts", 20,
+        "--sample.max-tokens", 24, "--sample.completions-per-prompt", 4, "--sample.min-reward", -100,
+        "--sample.engine.kind", "native", "--sample.engine.transport", "local", "--sample.engine.max-model-len", 512,
+    )  # fmt: skip
+    done = distill_traces(tmp_path / "run", *flags)
+    assert done.status == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "sample" / "traces.jsonl").read_text().splitlines()]
+    assert lines and {line["source"]["model"] for line in lines} == {str(base)}
+    model = tmp_path / "run" / "sft" / "model"
+    assert (model / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    losses = [row["loss/train"] for row in read_metrics(tmp_path / "run" / "sft")]
+    assert len(losses) == 30 and sum(losses[-3:]) < 0.6 * sum(losses[:3])
+    assert "--resume" in distill_traces(tmp_path / "run", *flags).one_line_error()
+    shutil.rmtree(tmp_path / "run" / "sft")  # as if it had been killed between the two
+    before = (tmp_path / "run" / "sample" / "traces.jsonl").stat().st_mtime_ns
+    assert distill_traces(tmp_path / "run", *flags, "--resume").status == 0
+    assert (tmp_path / "run" / "sample" / "traces.jsonl").stat().st_mtime_ns == before
+    again = [row["loss/train"] for row in read_metrics(tmp_path / "run" / "sft")]
+    assert again == losses
+
+
+def test_traces_of_a_file_into_a_checkpoint(student: Path, traces: Path, tmp_path: Path) -> None:
+    done = distill_traces(tmp_path / "run", "--student", student, "--traces", traces)
+    assert done.status == 0, done.err
+    losses = [row["loss/train"] for row in read_metrics(tmp_path / "run" / "sft")]
+    assert losses[-1] < losses[0] and not (tmp_path / "run" / "sample").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--traces", "x.jsonl"), "add --student"),
+        (("--student", "tiny", "--traces", "x.jsonl"), "add --teacher"),
+        (("--student", "tiny", "--sft.model", "x"), "without sample. or sft."),
+    ],
+)
+def test_traces_refused(flags: tuple[object, ...], message: str, tmp_path: Path) -> None:
+    assert message in distill_traces(tmp_path / "run", *flags).one_line_error()
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM
+
 from pipelines import cli
+from pipelines.prompting import load_tokenizer
 from pipelines.recipes import ZERO_RECIPES
 from pipelines.zero import ZeroConfig
 from rewards import Rubric, Sample, ScoreStatus, load_reward
@@ -31,7 +34,7 @@ def run(name: str, environment: dict[str, str], *arguments: object) -> str:
 
 
 def test_every_example_is_tested_here() -> None:
-    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03", "04"]
+    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03", "04", "07"]
 
 
 def test_custom_reward_shows_three_verdicts(environment: dict[str, str]) -> None:
@@ -87,3 +90,14 @@ def test_evaluate_checkpoint_on_rows_of_a_file(environment: dict[str, str], base
 def test_evaluate_checkpoint_on_generated_rows(base: Path) -> None:
     result = runpy.run_path(str(EXAMPLES[2]))["evaluate_checkpoint"](str(base), "ledger", None)
     assert (result.num_problems, result.num_unscored) == (64, 0) and 0 <= result.accuracy <= 0.5
+
+
+def test_distill_into_a_dense_student(environment: dict[str, str], base: Path, tmp_path: Path) -> None:
+    lines = run("07", environment, base, tmp_path).splitlines()
+    first, last = map(float, re.findall(r"\d+\.\d+", next(line for line in lines if line.startswith("traces:"))))
+    assert last < 0.6 * first
+    [gaps] = [line for line in lines if line.startswith("on its own samples:")]
+    first, last = map(float, re.findall(r"-?\d+\.\d+", gaps))
+    assert last < 0.7 * first
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "on-policy" / "model")
+    assert model.config.model_type == "qwen3" and model.config.vocab_size == len(load_tokenizer(str(base)))

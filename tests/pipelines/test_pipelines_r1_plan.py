@@ -6,10 +6,12 @@
 4. a dry run prints every stage and writes nothing
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.learner_config import LearnerConfig
 from grpo.objective import ObjectiveConfig
@@ -21,19 +23,21 @@ from pipelines.r1_cost import (
     Lengths,
     Machine,
     ModelSize,
-    dense_size,
     model_size,
     rl_cost,
     sampling_cost,
     supervised_cost,
 )
-from pipelines.r1_data import STUDENT
 from pipelines.r1_recipes import paper, tiny
 from pipelines.sft import SFTConfig
 from pipelines.zero import ZeroConfig
 from rollout.engine import EngineConfig
 from tests.pipelines.conftest import grpo
 
+QWEN = {
+    "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "tie_word_embeddings": False, "vocab_size": 128,
+}  # fmt: skip
 SIZE = ModelSize(total=1000, active=100, attention=2)
 
 
@@ -81,13 +85,12 @@ def test_sizes_are_those_of_the_models(tmp_path: Path):
     assert model_size("671b").total == pytest.approx(671e9, rel=1e-3)
     size, config = model_size("tiny"), find_config("tiny")
     assert 3 * size.forward(100) == training_flops(config, 100)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**STUDENT))
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**QWEN))
     matrices = sum(p.numel() for p in reference.parameters() if p.ndim == 2)
-    assert dense_size(STUDENT).total == matrices
-    assert dense_size(STUDENT).active == matrices - reference.get_input_embeddings().weight.numel()
+    dense = model_size(str(tmp_path))
+    assert (dense.total, dense.active) == (matrices, matrices - reference.get_input_embeddings().weight.numel())
+    assert model_size("qwen2.5-7b").active == 7.62e9
 
 
 def test_published_figures():

@@ -5,10 +5,12 @@
 2. Advantages are reward_weight A - kl_coef (log pi_S - log pi_T), on trained tokens alone.
 3. Traces go round in an order of the seed, each once before any again, whatever steps came before.
 4. Tokenizers that differ are told with their first difference.
+5. A dense student's folder gives its teacher's tokenizer back, also where transformers would take another class.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +18,14 @@ import pytest
 import torch
 from tokenizers import normalizers
 from torch import Tensor
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from grpo.batch import TrainingSample
 from grpo.learner import Learner
 from grpo.learner_config import LearnerConfig
 from grpo.objective import ObjectiveConfig
 from models import DeepseekV3ForCausalLM
+from pipelines.prompting import load_tokenizer
 from pipelines.teacher import SampledTeacher, WholeTeacher, check_same_tokenizer
 from pipelines.tokenizer import train_tokenizer
 from tests.grpo.test_grpo_trainer import TINY
@@ -179,3 +183,11 @@ def test_tokenizers_that_differ() -> None:
     ending.eos_token = ending.pad_token
     with pytest.raises(ValueError, match="text ends with"):
         check_same_tokenizer(student, ending)
+
+
+@pytest.mark.parametrize("config_class", [Qwen2Config, Qwen3Config, LlamaConfig])
+def test_a_student_s_folder_gives_its_teacher_s_tokenizer(config_class: Any, tmp_path: Path) -> None:
+    teacher = train_tokenizer(["two words and a third", "words of two kinds"], 300, [])
+    teacher.save_pretrained(str(tmp_path))
+    config_class(vocab_size=len(teacher)).save_pretrained(tmp_path)
+    check_same_tokenizer(load_tokenizer(str(tmp_path)), teacher)
