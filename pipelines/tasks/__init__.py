@@ -33,9 +33,6 @@ TASKS = {
     task.name: task
     for task in (
         ledger.TASK,
-        instructions.TASK,
-        countdown_mini.TASK,
-        variables.TASK,
         gsm8k.TASK,
         math.TASK,
         math.MATH500,
@@ -52,6 +49,9 @@ TASKS = {
         mbpp.PLUS,
         codeforces.TASK,
         leetcode.TASK,
+        instructions.TASK,
+        countdown_mini.TASK,
+        variables.TASK,
     )
 }
 
