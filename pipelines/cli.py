@@ -62,26 +62,46 @@ def _commands() -> dict[str, Command]:
     """Imported late, so that `grpo --help` does not wait for torch."""
     from pipelines.convert import ConvertConfig, run_convert
     from pipelines.decontaminate import DecontaminateConfig, run_decontaminate
-    from pipelines.distill import OnPolicyConfig, TracesConfig, run_distill
     from pipelines.doctor import DoctorConfig, run_doctor
     from pipelines.evaluate import EvalConfig, run_eval
     from pipelines.evaluation.compare import CompareConfig
     from pipelines.model_info import ModelInfoConfig, run_model_info
+    from pipelines.quickstart import QuickstartConfig, run_quickstart
+    from pipelines.replay import ReplayConfig, run_replay
+
+    return {
+        "quickstart": Command(config=QuickstartConfig, recipes={"ledger": QuickstartConfig}, run=run_quickstart),
+        **_stages(),
+        "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
+        "eval": Command(config=EvalConfig, recipes={"default": EvalConfig, "compare": CompareConfig}, run=run_eval),
+        "decontaminate": Command(
+            config=DecontaminateConfig, recipes={"default": DecontaminateConfig}, run=run_decontaminate
+        ),
+        "reward": _reward_command(),
+        # What to do with the model stands where other commands name their recipe.
+        "model": Command(config=ModelInfoConfig, recipes={"info": ModelInfoConfig}, run=run_model_info),
+        "doctor": Command(config=DoctorConfig, recipes={"default": DoctorConfig}, run=run_doctor),
+        "convert": Command(
+            config=ConvertConfig, recipes={"default": lambda: ConvertConfig(source="", out="")}, run=run_convert
+        ),
+    }
+
+
+def _stages() -> dict[str, Command]:
+    """What makes a model or its data out of another, and the chain of them."""
+    from pipelines.distill import OnPolicyConfig, TracesConfig, run_distill
     from pipelines.preference import DPOConfig, run_dpo
     from pipelines.pretrain import PretrainConfig, run_pretrain
-    from pipelines.quickstart import QuickstartConfig, run_quickstart
     from pipelines.r1 import run_r1
     from pipelines.r1_config import R1Config
     from pipelines.r1_recipes import R1_RECIPES
     from pipelines.recipes import PRETRAIN_RECIPES, SFT_RECIPES, ZERO_RECIPES
-    from pipelines.replay import ReplayConfig, run_replay
     from pipelines.reward_model import RewardModelConfig, run_reward_model
     from pipelines.sample import SampleConfig, run_sample
     from pipelines.sft import SFTConfig, run_sft
     from pipelines.zero import ZeroConfig, run_zero
 
     return {
-        "quickstart": Command(config=QuickstartConfig, recipes={"ledger": QuickstartConfig}, run=run_quickstart),
         "pretrain": Command(
             config=PretrainConfig,
             recipes={"default": lambda: PretrainConfig(data="", out="")} | PRETRAIN_RECIPES,
@@ -106,19 +126,7 @@ def _commands() -> dict[str, Command]:
             recipes={"default": lambda: RewardModelConfig(model="", data="")},
             run=run_reward_model,
         ),
-        "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
-        "eval": Command(config=EvalConfig, recipes={"default": EvalConfig, "compare": CompareConfig}, run=run_eval),
         "sample": Command(config=SampleConfig, recipes={"default": lambda: SampleConfig(model="")}, run=run_sample),
-        "decontaminate": Command(
-            config=DecontaminateConfig, recipes={"default": DecontaminateConfig}, run=run_decontaminate
-        ),
-        "reward": _reward_command(),
-        # What to do with the model stands where other commands name their recipe.
-        "model": Command(config=ModelInfoConfig, recipes={"info": ModelInfoConfig}, run=run_model_info),
-        "doctor": Command(config=DoctorConfig, recipes={"default": DoctorConfig}, run=run_doctor),
-        "convert": Command(
-            config=ConvertConfig, recipes={"default": lambda: ConvertConfig(source="", out="")}, run=run_convert
-        ),
     }
 
 
