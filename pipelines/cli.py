@@ -4,18 +4,23 @@
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo sft [RECIPE] [--model DIR] [--data ...] [--out ...] [--resume]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
+    grpo r1 --recipe tiny|paper [--config FILE.yaml] [--dry-run] [--from STAGE | --only STAGE ...] [--skip STAGE ...]
     grpo distill traces --student DIR|ARCHITECTURE --teacher DIR [--traces TRACES.jsonl] [--out DIR] [--resume]
     grpo distill on-policy --model DIR --teacher DIR [--config FILE.yaml] [--resume]
     grpo dpo --model DIR --data PAIRS.jsonl [--out DIR] [--resume]
     grpo reward-model --model DIR --data PAIRS.jsonl [--out DIR] [--resume]
     grpo replay RUN --step N [--last M] [--out DIR]
-    grpo eval [--model DIR] [--task gsm8k] [--data test.jsonl.gz]
+    grpo eval [--model DIR | --server URL --server-model NAME] [--task gsm8k] [--data test.jsonl.gz] [--rescore DIR]
+    grpo eval compare A B [--out FILE.md]
+    grpo sample [--model DIR] [--task gsm8k] [--data train.jsonl] [--completions 8] [--out DIR]
+    grpo decontaminate DATA --against FILE... --out CLEAN.jsonl
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
     grpo model info DIR|PRESET
     grpo doctor --lr0 RECIPE|FILE.yaml [--model DIR]
     grpo convert SRC --out DST --to bf16|fp8|fp32
 
-`--engine native` is short for `--engine.kind native`, `--steps` for `--trainer.steps`.
+`--recipe NAME` is NAME in first place. `--engine native` is short for `--engine.kind native`, `--steps` for
+`--trainer.steps`.
 Flags beat the config file, the file beats the recipe. Exit status: 0 done, 1 the run failed or did not learn, 2 wrong
 input.
 """
@@ -56,24 +61,47 @@ class Command:
 def _commands() -> dict[str, Command]:
     """Imported late, so that `grpo --help` does not wait for torch."""
     from pipelines.convert import ConvertConfig, run_convert
-    from pipelines.distill import OnPolicyConfig, TracesConfig, run_distill
+    from pipelines.decontaminate import DecontaminateConfig, run_decontaminate
     from pipelines.doctor import DoctorConfig, run_doctor
     from pipelines.evaluate import EvalConfig, run_eval
+    from pipelines.evaluation.compare import CompareConfig
     from pipelines.model_info import ModelInfoConfig, run_model_info
+    from pipelines.quickstart import QuickstartConfig, run_quickstart
+    from pipelines.replay import ReplayConfig, run_replay
+
+    return {
+        "quickstart": Command(config=QuickstartConfig, recipes={"ledger": QuickstartConfig}, run=run_quickstart),
+        **_stages(),
+        "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
+        "eval": Command(config=EvalConfig, recipes={"default": EvalConfig, "compare": CompareConfig}, run=run_eval),
+        "decontaminate": Command(
+            config=DecontaminateConfig, recipes={"default": DecontaminateConfig}, run=run_decontaminate
+        ),
+        "reward": _reward_command(),
+        # What to do with the model stands where other commands name their recipe.
+        "model": Command(config=ModelInfoConfig, recipes={"info": ModelInfoConfig}, run=run_model_info),
+        "doctor": Command(config=DoctorConfig, recipes={"default": DoctorConfig}, run=run_doctor),
+        "convert": Command(
+            config=ConvertConfig, recipes={"default": lambda: ConvertConfig(source="", out="")}, run=run_convert
+        ),
+    }
+
+
+def _stages() -> dict[str, Command]:
+    """What makes a model or its data out of another, and the chain of them."""
+    from pipelines.distill import OnPolicyConfig, TracesConfig, run_distill
     from pipelines.preference import DPOConfig, run_dpo
     from pipelines.pretrain import PretrainConfig, run_pretrain
-    from pipelines.quickstart import QuickstartConfig, run_quickstart
     from pipelines.r1 import run_r1
     from pipelines.r1_config import R1Config
     from pipelines.r1_recipes import R1_RECIPES
     from pipelines.recipes import PRETRAIN_RECIPES, SFT_RECIPES, ZERO_RECIPES
-    from pipelines.replay import ReplayConfig, run_replay
     from pipelines.reward_model import RewardModelConfig, run_reward_model
+    from pipelines.sample import SampleConfig, run_sample
     from pipelines.sft import SFTConfig, run_sft
     from pipelines.zero import ZeroConfig, run_zero
 
     return {
-        "quickstart": Command(config=QuickstartConfig, recipes={"ledger": QuickstartConfig}, run=run_quickstart),
         "pretrain": Command(
             config=PretrainConfig,
             recipes={"default": lambda: PretrainConfig(data="", out="")} | PRETRAIN_RECIPES,
@@ -98,15 +126,7 @@ def _commands() -> dict[str, Command]:
             recipes={"default": lambda: RewardModelConfig(model="", data="")},
             run=run_reward_model,
         ),
-        "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
-        "eval": Command(config=EvalConfig, recipes={"default": lambda: EvalConfig(model="")}, run=run_eval),
-        "reward": _reward_command(),
-        # What to do with the model stands where other commands name their recipe.
-        "model": Command(config=ModelInfoConfig, recipes={"info": ModelInfoConfig}, run=run_model_info),
-        "doctor": Command(config=DoctorConfig, recipes={"default": DoctorConfig}, run=run_doctor),
-        "convert": Command(
-            config=ConvertConfig, recipes={"default": lambda: ConvertConfig(source="", out="")}, run=run_convert
-        ),
+        "sample": Command(config=SampleConfig, recipes={"default": lambda: SampleConfig(model="")}, run=run_sample),
     }
 
 
@@ -215,6 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands[arguments[0]]
     try:
         result = command.run(parse(command, arguments[1:], f"grpo {arguments[0]}"))
+    except KeyboardInterrupt:
+        print("grpo: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         return 1
     except (ValueError, OSError, FloatingPointError) as error:

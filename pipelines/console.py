@@ -1,5 +1,6 @@
 """What the user sees while something runs: one status line or bar at a time, tables at the end."""
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +17,16 @@ class ProgressBar:
 
     def __init__(self, progress: Progress, title: str, total: int) -> None:
         self._progress, self._title, self._total, self._done = progress, title, total, 0
+        self._started = time.monotonic()
         self._task = progress.add_task(title, total=total, note="")
 
     def advance(self, note: str, steps: int = 1) -> None:
+        tenths = [10 * done // max(1, self._total) for done in (self._done, self._done + steps)]
         self._done += steps
         self._progress.update(self._task, advance=steps, note=note)
-        if not console.is_terminal and (self._done % max(1, self._total // 10) == 0 or self._done == self._total):
-            console.print(f"{self._title} {self._done}/{self._total}  {note}", soft_wrap=True)
+        if not console.is_terminal and (tenths[0] < tenths[1] or self._done == self._total):
+            left = (time.monotonic() - self._started) / self._done * (self._total - self._done)
+            console.print(f"{self._title} {self._done}/{self._total}  {left:,.0f} s left  {note}", soft_wrap=True)
 
 
 @contextmanager

@@ -1,214 +1,225 @@
-"""Evaluation: one completion per problem, judged by the same rewards that training uses.
+"""Evaluation: completions of a checkpoint or of a server's model, judged by the same rewards that training uses.
 
     grpo eval --model DIR --task gsm8k --data test.jsonl.gz
+    grpo eval --model DIR --task gsm8k --data test.jsonl.gz --num-samples 16 --temperature 0.6 --top-p 0.95
+    grpo eval --server http://127.0.0.1:8000/v1 --server-model NAME --task gsm8k --data test.jsonl.gz
+    grpo eval --rescore runs/eval --reward my_rewards.py:judge --out runs/eval-again
+    grpo eval compare runs/eval-before runs/eval-after
 
-writes `results.json` (the summary) and `records.jsonl` (every completion with its score) into `--out`.
+The folder `--out` gets results.json, report.md and records.jsonl. The same command again goes on where a killed one
+was. What is computed, and how, is in docs/evaluation.md.
 """
 
-import json
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from grpo.samples import Decode, score_groups
-from pipelines.config import write_config
+from grpo.samples import Decode
+from pipelines.config import flat_fields, read_config
 from pipelines.console import console, progress_bar
-from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
-from pipelines.tasks import get_task
+from pipelines.evaluation.compare import CompareConfig, run_compare
+from pipelines.evaluation.config import NOT_DECIDING, OF_JUDGING, EvalConfig
+from pipelines.evaluation.folder import open_folder, write_result
+from pipelines.evaluation.from_engines import sample_engines
+from pipelines.evaluation.judge import OWN_FIELDS, completions_of, judge, read_records
+from pipelines.evaluation.problems import Problems, read_problems
+from pipelines.evaluation.samples import Drawn, SampleLog, no_room
+from pipelines.evaluation.summary import EvalResult, default_ks, summarize
+from pipelines.prompting import build_rubric, decoder, load_tokenizer, stop_token
+from pipelines.tasks import Task, get_task
+from pipelines.traces import checkpoint_hash
 from rewards import Rubric
-from rollout.engine import EngineConfig
-from rollout.pool import EnginePool, build_pool
-from rollout.sample import FinishReason, Prompt, SamplingParams
+from rollout.pool import StreamingPool, build_pool
+from rollout.sample import Prompt, SamplingParams
+from rollout.stream import Key
 
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """`grpo eval`: accuracy of a checkpoint on a task."""
-
-    model: str
-    """Folder of a Hugging Face checkpoint."""
-    task: str = "gsm8k"
-    """Name of the task."""
-    data: str | None = None
-    """File or hub id; without it the task generates its rows or names its own hub id."""
-    split: str = "test"
-    """Split of a hub data set."""
-    limit: int = 0
-    """Problems to evaluate, 0 for all of a data set; generated tasks need a number."""
-    reward: tuple[str, ...] = ()
-    """Rewards, `[weight*]name` or `[weight*]path/to/file.py:function`; the task's own if none is given."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    max_tokens: int = 0
-    """Longest completion, 0 for the task's own."""
-    max_bad_share: float = 0.01
-    """Share of malformed rows that may be skipped."""
-    seed: int = 0
-    """Of sampling, and of generated rows."""
-    out: str = "runs/eval"
-    """Folder for the results."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    """The engines."""
-
-    def __post_init__(self) -> None:
-        task = get_task(self.task)
-        if self.limit < 0 or self.max_tokens < 0:
-            name = "limit" if self.limit < 0 else "max_tokens"
-            raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if self.data is None and task.make_rows is not None and self.limit < 1:
-            raise ValueError(f"task {task.name} generates its problems: say how many with --limit")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalResult:
-    """What one evaluation found."""
-
-    accuracy: float
-    """Share of right answers among scored problems."""
-    accuracy_low: float
-    """Lower end of the 95% Wilson interval."""
-    accuracy_high: float
-    """Upper end."""
-    num_problems: int
-    num_unscored: int
-    """Problems whose completion failed or got no score; not in the accuracy."""
-    truncated: float
-    """Share of completions cut at the token limit."""
-    metrics: dict[str, float]
-    """Mean of each reward's value and metrics."""
-    seconds: float
-    tokens_per_s: float
-    """Sampled tokens per second of generation."""
-    records: list[dict[str, Any]]
-    """One per problem: id, question row, completion, what was extracted, score."""
-
-    def summary(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "records"}
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95% score interval for a share (E. B. Wilson, 1927); (0, 1) without trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    z = 1.959963984540054
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+__all__ = ["EvalConfig", "EvalResult", "evaluate", "run_eval", "write_result"]
 
 
 def evaluate(
-    pool: EnginePool,
+    pool: StreamingPool,
     prompts: Sequence[Prompt],
     rubric: Rubric,
     decode: Decode,
     params: SamplingParams,
     *,
     accuracy: str,
-    batch_size: int = 256,
-    on_batch: Callable[[int], None] = lambda done: None,
+    on_sample: Callable[[], None] = lambda: None,
 ) -> EvalResult:
-    """Samples one completion per prompt and scores it; `accuracy` names the reward whose value 1 is a right answer."""
-    assert params.num_completions == 1, "accuracy and its interval are defined for one completion per problem"
-    records: list[dict[str, Any]] = []
-    tokens = truncated = 0
-    seconds = 0.0
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        started = time.perf_counter()
-        by_id = {group.prompt.id: group for group in pool.generate(batch, params)}
-        seconds += time.perf_counter() - started
-        groups = [by_id[prompt.id] for prompt in batch]
-        for group, (score,) in zip(groups, score_groups(groups, rubric, decode, step=0), strict=True):
-            completion = group.completions[0]
-            tokens += len(completion.token_ids)
-            truncated += completion.finish_reason is FinishReason.LENGTH
-            records.append(
-                {
-                    "id": group.prompt.id,
-                    "prompt": group.prompt.text,
-                    "row": dict(group.prompt.row),
-                    "completion": decode([completion.token_ids])[0],
-                    "finish_reason": completion.finish_reason.value,
-                    "value": score.value,
-                    "metrics": dict(score.metrics),
-                    "info": dict(score.info),
-                    "status": score.status.value,
-                }
-            )
-        on_batch(len(batch))
-    scored = [
-        record["metrics"]
-        for record in records
-        if accuracy in record["metrics"] and record["finish_reason"] != FinishReason.ERROR
-    ]
-    right = sum(metrics[accuracy] >= 1.0 for metrics in scored)
-    low, high = wilson_interval(right, len(scored))
-    names = {name for metrics in scored for name in metrics}
-    return EvalResult(
-        accuracy=right / len(scored) if scored else 0.0,
-        accuracy_low=low,
-        accuracy_high=high,
-        num_problems=len(records),
-        num_unscored=len(records) - len(scored),
-        truncated=truncated / len(records),
-        metrics={name: fmean(m[name] for m in scored if name in m) for name in sorted(names)},
-        seconds=seconds,
-        tokens_per_s=tokens / seconds,
-        records=records,
-    )
+    """Samples `params.num_completions` per prompt and judges them; `accuracy` names the reward whose value 1 is a right
+    answer. Raises ValueError for a prompt that leaves no room to continue.
+    """
+    started = time.perf_counter()
+    drawn: dict[Key, Drawn] = {}
+    for one in sample_engines(pool, prompts, params, decode):
+        drawn[one.key] = one
+        on_sample()
+    seconds = time.perf_counter() - started
+    records = judge(prompts, drawn, rubric, accuracy=accuracy)
+    return summarize(
+        records, accuracy=accuracy, ks=default_ks(params.num_completions), seconds=seconds,
+        new_tokens=sum(one.tokens for one in drawn.values()),
+    )  # fmt: skip
 
 
-def write_result(result: EvalResult, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(result.summary(), indent=2) + "\n")
-    with (folder / "records.jsonl").open("w") as file:
-        file.writelines(json.dumps(record, default=str) + "\n" for record in result.records)
-
-
-def run_eval(config: EvalConfig) -> EvalResult:
+def run_eval(config: EvalConfig | CompareConfig) -> EvalResult | None:
     """The whole of `grpo eval`."""
+    if isinstance(config, CompareConfig):
+        run_compare(config)
+        return None
+    if config.rescore:
+        return _rescore(config)
+    config = replace(config, engine=config.engine.resolved())
+    task, rubric = _task_and_rubric(config)
+    problems = read_problems(config, task)
+    weights = "" if config.server else checkpoint_hash(config.model)
+    log = open_folder(config, NOT_DECIDING, weights=weights, prompts=problems.prompts)
+    if config.retry_failed:
+        console.print(f"{log.drop_failed()} failed completions are sampled again")
+    missing = len(problems.fitting) * config.num_samples - len(log.drawn)
+    console.print(f"{len(problems.prompts)} problems of {task.name}; {missing} completions to sample", soft_wrap=True)
+    seconds, new_tokens = _sample_missing(config, problems, log) if missing else (0.0, 0)
+    needed = f"more than {problems.room} tokens: {config.tokens_per_completion} are wanted behind the prompt"
+    drawn = log.drawn | {
+        one.key: one for prompt in problems.too_long for one in no_room(prompt.id, config.num_samples, needed)
+    }
+    records = judge(
+        problems.prompts, drawn, rubric, accuracy=task.accuracy, extractors=config.shown_extractors,
+        about=_about(config, task, weights),
+    )  # fmt: skip
+    return _finish(config, records, seconds=seconds, new_tokens=new_tokens)
+
+
+def _task_and_rubric(config: EvalConfig) -> tuple[Task, Rubric]:
     task = get_task(config.task)
-    engine = config.engine.resolved()
-    tokenizer = load_tokenizer(config.model)
     rubric = build_rubric(config.reward, task)
     if task.accuracy not in [reward.name for reward in rubric.rewards]:
         raise ValueError(f"task {task.name} counts answers with the reward {task.accuracy!r}: add it to --reward")
-    rows = task_rows(
-        task, config.data, split=config.split, count=config.limit, seed=config.seed,
-        max_bad_share=config.max_bad_share, report=console.print,
-    )  # fmt: skip
-    prompts = build_prompts(rows, task, tokenizer, max_tokens=engine.max_model_len - 1, report=console.print)
+    return task, rubric
+
+
+def _sample_missing(config: EvalConfig, problems: Problems, log: SampleLog) -> tuple[float, int]:
+    """Samples into the log; seconds without the engines' start, and tokens."""
+    tokens = failed = 0
+    with _sampler(config) as sample, progress_bar("sampling", len(problems.fitting) * config.num_samples) as bar:
+        if log.drawn:
+            bar.advance("resumed", steps=len(log.drawn))
+        started = time.perf_counter()
+        for one in sample(problems.fitting, log):
+            log.append([one])
+            tokens, failed = tokens + one.tokens, failed + bool(one.failure)
+            speed = tokens / (time.perf_counter() - started)
+            bar.advance(f"{speed:,.0f} tokens/s" + (f"  {failed} failed" if failed else ""))
+        return time.perf_counter() - started, tokens
+
+
+@contextmanager
+def _sampler(config: EvalConfig) -> Iterator[Callable[[Sequence[Prompt], SampleLog], Iterator[Drawn]]]:
+    """What samples the completions that the log does not have."""
     params = SamplingParams(
-        max_tokens=config.max_tokens or task.max_tokens,
-        temperature=config.temperature,
-        stop_token_id=stop_token(tokenizer),
-        seed=config.seed,
-    )
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_config(config, out / "config.json")
-    console.print(f"{len(prompts)} problems of {task.name}, engine {engine.kind}")
+        num_completions=config.num_samples, max_tokens=config.tokens_per_completion, temperature=config.temperature,
+        top_k=config.top_k, top_p=config.top_p, seed=config.seed, stop_token_id=0,
+    )  # fmt: skip
+    if config.server:
+        from pipelines.evaluation.from_server import Server, ServerSampler  # openai: only for those who ask
+
+        server = Server(
+            url=config.server, model=config.server_model, api=config.server_api, system=config.system,
+            concurrency=config.concurrency, timeout_s=config.timeout_s,
+        )  # fmt: skip
+        with ServerSampler(server) as asking:
+            yield lambda prompts, log: asking.sample(prompts, params, done=set(log.drawn), stop=config.stop)
+        return
+    tokenizer = load_tokenizer(config.model)
+    params = replace(params, stop_token_id=stop_token(tokenizer))
     with console.status("starting the engines"):
-        pool = build_pool(engine, config.model)
-    try:
-        with progress_bar("evaluating", len(prompts)) as bar:
-            result = evaluate(
-                pool, prompts, rubric, decoder(tokenizer), params, accuracy=task.accuracy,
-                on_batch=lambda done: bar.advance("", steps=done),
-            )  # fmt: skip
-    finally:
-        pool.close()
-    write_result(result, out)
+        pool = build_pool(config.engine, config.model)
+    with closing(pool):
+        yield lambda prompts, log: sample_engines(
+            pool, prompts, params, decoder(tokenizer), done=set(log.drawn), stop=config.stop
+        )
+
+
+def _about(config: EvalConfig, task: Task, weights: str) -> Callable[[Prompt], dict[str, Any]]:
+    """What a record says of where it comes from, as a trace does (traces.py)."""
+    source = {
+        "model": config.server_model or config.model, "weights": weights, "temperature": config.temperature,
+        "max_tokens": config.tokens_per_completion, "seed": config.seed, "top_p": config.top_p, "top_k": config.top_k,
+    }  # fmt: skip
+    template = "chat" if config.server_api == "chat" else config.template or task.template
+    return lambda prompt: {
+        "task": task.name, "template": template, "question": task.question(dict(prompt.row)), "source": source,
+    }  # fmt: skip
+
+
+def _rescore(config: EvalConfig) -> EvalResult:
+    """Judges the completions of another folder."""
+    source = Path(config.rescore)
+    records = read_records(source)
+    if not (source / "config.json").exists():
+        raise FileNotFoundError(f"{source} has no config.json: it is not the folder of a `grpo eval`")
+    saved = read_config(EvalConfig, source / "config.json", default=EvalConfig())
+    asked, usual = flat_fields(config), flat_fields(EvalConfig())
+    if idle := [name for name in asked if name not in OF_JUDGING and asked[name] != usual[name]]:
+        raise ValueError(f"{idle[0]} has no effect with --rescore, which samples nothing; leave it out")
+    if config.task not in (usual["task"], saved.task):
+        raise ValueError(f"{source} holds completions of the task {saved.task!r}, not {config.task!r}")
+    config = replace(
+        saved, reward=config.reward, extractors=config.extractors, pass_k=config.pass_k or saved.pass_k,
+        rescore=config.rescore, out=config.out,
+    )  # fmt: skip
+    task, rubric = _task_and_rubric(config)
+    prompts, drawn = completions_of(records)
+    others = {r["prompt_id"]: {name: value for name, value in r.items() if name not in OWN_FIELDS} for r in records}
+    if Path(config.out).resolve() == source.resolve():
+        raise ValueError(f"--out {config.out} is the folder that is judged again; choose another")
+    open_folder(config, ("out",), weights=str(records[0].get("source", {}).get("weights", "")), prompts=prompts)
+    judged = judge(
+        prompts, drawn, rubric, accuracy=task.accuracy, extractors=config.shown_extractors,
+        about=lambda prompt: others[prompt.id],
+    )  # fmt: skip
+    return _finish(config, judged, seconds=0.0, new_tokens=0)
+
+
+def _finish(config: EvalConfig, records: list[dict[str, Any]], *, seconds: float, new_tokens: int) -> EvalResult:
+    """Sums up, writes the folder, and says what matters."""
+    task, out = get_task(config.task), Path(config.out)
+    ks = config.pass_k or default_ks(config.num_samples)
+    result = summarize(records, accuracy=task.accuracy, ks=ks, seconds=seconds, new_tokens=new_tokens)
+    write_result(result, out, _heading(config, task))
+    speed = f", {result.tokens_per_s:,.0f} tokens/s" if seconds else ""
     console.print(
         f"accuracy {result.accuracy:.1%} (95% interval {result.accuracy_low:.1%} to {result.accuracy_high:.1%}), "
-        f"{result.num_problems} problems, {result.truncated:.1%} cut at the token limit, "
-        f"{result.tokens_per_s:,.0f} tokens/s; results in {out}",
+        f"{result.num_problems} problems, {result.truncated:.1%} cut at the token limit{speed}; results in {out}",
         soft_wrap=True,
     )
+    if result.num_unscored_samples:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in result.failures.items()) or "no gold answer"
+        console.print(
+            f"not scored: {result.num_unscored} problems, {result.num_unscored_samples} completions ({kinds}); "
+            f"with all of these wrong it is {result.accuracy_of_all:.1%}",
+            style="bold red", soft_wrap=True,
+        )  # fmt: skip
     return result
+
+
+def _heading(config: EvalConfig, task: Task) -> dict[str, Any]:
+    """What the report says of model, task and sampling."""
+    sampling = "greedy" if config.temperature == 0 else (
+        f"temperature {config.temperature:g}, top_p {config.top_p:g}, top_k {config.top_k or 'all'}"
+    )  # fmt: skip
+    template = "chat" if config.server_api == "chat" else config.template or task.template
+    judged = {"judged again": config.rescore} if config.rescore else {}
+    return {
+        "model": config.model or f"{config.server_model} at {config.server} ({config.server_api})",
+        "task": task.name,
+        "data": config.data or task.default_data or "generated",
+        "template": f"{template}, {config.shots} worked examples",
+        "sampling": f"{sampling}, {config.num_samples} per problem, up to {config.tokens_per_completion} tokens, "
+        f"stop {list(config.stop)}, seed {config.seed}",
+        "rewards": ", ".join(config.reward or task.rewards),
+        **judged,
+    }

@@ -25,7 +25,7 @@ from pipelines.report import table_rows, write_report
 from pipelines.tasks import get_task, ledger
 from pipelines.zero import ZeroConfig, prepare, train
 from rollout.engine import EngineConfig
-from rollout.pool import EnginePool, build_pool
+from rollout.pool import StreamingPool, build_pool
 from rollout.sample import SamplingParams
 
 FULL_CHAIN = ledger.NUM_STEPS + 1
@@ -132,7 +132,7 @@ class Measurement:
     no_thought: EvalResult
 
 
-def measure(pool: EnginePool, zero: ZeroConfig, heldout: Path, out: Path) -> Measurement:
+def measure(pool: StreamingPool, zero: ZeroConfig, heldout: Path, out: Path) -> Measurement:
     """Samples at the training temperature; then again with an empty thought forced on the model."""
     task = get_task(zero.task)
     tokenizer = load_tokenizer(zero.model)

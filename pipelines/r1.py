@@ -29,6 +29,7 @@ from pipelines.r1_report import write_report
 from pipelines.sample import run_sample
 from pipelines.sft import SFTConfig, run_sft
 from pipelines.sft_data import check_row
+from pipelines.tasks import get_task
 from pipelines.version import code_version
 from pipelines.zero import ZeroConfig, run_zero
 from rollout.engine import EngineConfig
@@ -200,7 +201,9 @@ class Chain:
 
             def run(folder: Path, resume: bool, model: Path = checkpoint.folder) -> None:
                 for task, data in parts:
-                    run_eval(replace(section, model=str(model), task=task, data=data, out=str(folder / task)))
+                    rewards = section.reward or (*get_task(task).rewards, *config.reasoning.extra_reward)
+                    filled = replace(section, model=str(model), task=task, data=data, reward=rewards)
+                    run_eval(replace(filled, out=str(folder / task)))
 
             files = tuple(Path(data) for _, data in parts if data)
             inputs = (checkpoint.folder, *_local(files, self.out))

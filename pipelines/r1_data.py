@@ -9,30 +9,19 @@ consistency, DeepSeek-R1's reward against mixed languages (arXiv:2501.12948 sect
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from models.presets import TINY
 from pipelines.tasks import instructions, ledger
 from pipelines.templates import TEMPLATES
 
 ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CHINESE = ("\u96f6", "\u4e00", "\u4e8c", "\u4e09", "\u56db", "\u4e94", "\u516d", "\u4e03", "\u516b", "\u4e5d")
 TASKS = ("ledger", "instructions")
-STUDENT = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rope_theta": 100.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 512,
-}
-"""A dense student, a third of the teacher's size; its vocabulary becomes the teacher's."""
+STUDENT = replace(TINY, hidden_size=48, moe_intermediate_size=32, n_routed_experts=4)
+"""A third of the teacher's parameters; its vocabulary becomes the teacher's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +30,7 @@ class GeneratedData:
 
     num_documents: int = 0
     """Texts of the pretraining corpus, three of four about the ledger; 0 where data comes from files."""
-    num_cold_start: int = 2_000
+    num_cold_start: int = 4_000
     """Worked-out solutions, in English and to the end, for the cold start."""
     num_general: int = 1_000
     """Instructions with the right answer, for the supervised mixture."""
@@ -60,10 +49,10 @@ def thought(row: Mapping[str, Any], depth: int, languages: Sequence[Sequence[str
 
 
 def ledger_documents(rows: Iterable[Mapping[str, Any]], rng: random.Random) -> Iterator[str]:
-    """Most answer at once, some think part of the way, few to the end; half of the thoughts mix languages."""
+    """Half think part of the way, the others to the end or not at all; half of the thoughts mix languages."""
     for row in rows:
         draw = rng.random()
-        depth = ledger.NUM_STEPS if draw < 0.1 else rng.randrange(1, ledger.NUM_STEPS) if draw < 0.4 else 0
+        depth = ledger.NUM_STEPS if draw < 0.2 else rng.randrange(1, ledger.NUM_STEPS) if draw < 0.7 else 0
         languages = (ENGLISH,) if rng.random() < 0.5 else (ENGLISH, CHINESE)
         yield TEMPLATES["r1"].format(row["question"]) + thought(row, depth, languages, rng)
 
@@ -112,4 +101,4 @@ def write_data(config: GeneratedData, folder: Path) -> None:
         paths(folder)[name].write_text(text)
     student = paths(folder)["student"]
     student.parent.mkdir(exist_ok=True)
-    student.write_text(json.dumps(STUDENT, indent=2) + "\n")
+    student.write_text(json.dumps(STUDENT.to_dict(), indent=2) + "\n")

@@ -7,7 +7,7 @@ import gzip
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.console import console, print_table
+from pipelines.console import console
 from pipelines.manifest import Decision, Stage
 from pipelines.model_info import format_count, format_size
 from pipelines.pretrain import PretrainConfig
@@ -15,16 +15,18 @@ from pipelines.r1_config import R1Config
 from pipelines.r1_cost import Cost, ModelSize, model_size, rl_cost, sampling_cost, supervised_cost, total
 from pipelines.r1_data import TASKS
 
-_COLUMNS = ("stage", "prompts", "samples", "generated", "trained", "steps", "disk", "GPU-hours", "decision")
+_COLUMNS = ("stage", "prompts", "samples", "generated", "trained", "steps", "disk", "GPU-hours")
 
 
 def print_plan(config: R1Config, planned: Sequence[tuple[Stage, Decision]]) -> None:
     costs = stage_costs(config, [stage.name for stage, _ in planned])
     machine = config.plan.machine
-    rows = [(stage.name, *_cells(costs[stage.name], config), decision.describe()) for stage, decision in planned]
+    rows = [(stage.name, *_cells(costs[stage.name], config)) for stage, _ in planned]
     everything = total(list(costs.values()))
     to_do = total([costs[stage.name] for stage, decision in planned if decision.action != "skip"])
-    print_table(f"plan of {config.out}", _COLUMNS, [*rows, ("all", *_cells(everything, config), "")])
+    print_columns((_COLUMNS, *rows, ("all", *_cells(everything, config))))
+    for stage, decision in planned:
+        console.print(f"{stage.name}: {decision.describe()}", soft_wrap=True)
     console.print(
         f"to do: {to_do.gpu_hours(machine):,.1f} of {everything.gpu_hours(machine):,.1f} GPU-hours, at "
         f"{machine.peak_tflops:g} TFLOPS peak, {machine.train_utilization:.0%} of it in training and "
@@ -32,6 +34,14 @@ def print_plan(config: R1Config, planned: Sequence[tuple[Stage, Decision]]) -> N
         "Not counted: waiting, syncs, rewards, start-up.",
         soft_wrap=True,
     )
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, the others to the right; never cut, however narrow the terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        console.print("  ".join([row[0].ljust(widths[0]), *cells]), soft_wrap=True)
 
 
 def _cells(cost: Cost, config: R1Config) -> tuple[str, ...]:
@@ -57,7 +67,7 @@ def stage_costs(config: R1Config, names: Sequence[str]) -> dict[str, Cost]:
     cold = plan.num_cold_start or num_rows(config.cold_start.data) or config.generate.num_cold_start
     prompts = num_prompts(config)
     general = num_rows(config.general) or config.generate.num_general
-    mixture = plan.num_mixture or general + prompts * config.sampling.completions_per_prompt
+    mixture = plan.num_mixture or general + prompts * config.sampling.completions
     problems = max(1, len(config.eval_tasks) or len(TASKS)) * (config.evaluation.limit or config.generate.num_heldout)
 
     def evaluated(size: ModelSize) -> Cost:
@@ -71,7 +81,7 @@ def stage_costs(config: R1Config, names: Sequence[str]) -> dict[str, Cost]:
         "cold-start": lambda: supervised_cost(config.cold_start, policy, cold, **supervised),
         "reasoning": lambda: rl_cost(config.reasoning, policy, lengths),
         "sampling": lambda: sampling_cost(
-            policy, prompts, config.sampling.completions_per_prompt, prompt=prompt, completion=sampled
+            policy, prompts, config.sampling.completions, prompt=prompt, completion=sampled
         ),
         "mixture": lambda: supervised_cost(config.mixture, policy, mixture, **supervised),
         "scenarios": lambda: rl_cost(config.scenarios, policy, lengths),

@@ -26,7 +26,7 @@ _ROOM = 34_816
 
 def tiny() -> R1Config:
     """The chain in miniature, with data of its own: the ledger thought through in words, and instructions."""
-    pretrain = PretrainConfig(data="", out="", steps=300, single_token_templates=("r1",))
+    pretrain = PretrainConfig(data="", out="", steps=350, single_token_templates=("r1",))
     tuned = SFTConfig(
         data="", out="", lr=2e-3, samples_per_step=64, warmup_steps=5, balance_speed=1e-3, save_every=20,
         heldout_share=0.02,
@@ -39,12 +39,12 @@ def tiny() -> R1Config:
     )  # fmt: skip
     scenarios = replace(reasoning, mixture=("2*ledger", "instructions"), trainer=replace(reasoning.trainer, steps=20))
     return R1Config(
-        generate=GeneratedData(num_documents=40_000),
+        generate=GeneratedData(num_documents=45_000),
         pretrain=pretrain,
-        cold_start=replace(tuned, steps=40),
+        cold_start=replace(tuned, steps=110, lr=3e-3),
         reasoning=reasoning,
         sampling=SampleConfig(
-            model="", task="ledger", num_prompts=500, completions_per_prompt=4, max_tokens=24, engine=engine
+            model="", task="ledger", num_prompts=500, completions=4, max_tokens=24, engine=engine
         ),
         mixture=replace(tuned, epochs=4),
         scenarios=scenarios,
@@ -86,7 +86,7 @@ def paper() -> R1Config:
         cold_start=tuned,
         reasoning=reasoning,
         sampling=SampleConfig(
-            model="", num_prompts=150_000, completions_per_prompt=16, max_tokens=_LONG, engine=engine
+            model="", num_prompts=150_000, completions=16, max_tokens=_LONG, engine=engine
         ),
         mixture=tuned,
         scenarios=scenarios,

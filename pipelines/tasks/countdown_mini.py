@@ -18,6 +18,7 @@ from functools import lru_cache
 from itertools import permutations, product
 from typing import Any
 
+from pipelines.tasks.base import Task
 from pipelines.templates import TEMPLATES
 from rewards import Sample, Score, reward
 
@@ -49,7 +50,7 @@ def outcomes(numbers: tuple[int, ...]) -> dict[str, list[int]]:
         for signs in product("+-x", repeat=len(numbers) - 1)
     )
     worked_out = {text: evaluate(text) or [-1] for text in texts}
-    return {text: results for text, results in worked_out.items() if 0 <= min(results) and max(results) <= MAX_RESULT}
+    return {text: results for text, results in worked_out.items() if min(results) >= 0 and max(results) <= MAX_RESULT}
 
 
 def check_row(row: dict[str, Any]) -> str | None:
@@ -154,3 +155,14 @@ def countdown_answer(sample: Sample) -> Score:
         metrics={"answered": float(results is not None), "attempts": float(attempts)},
         info={"extracted": expression[:200]},
     )
+
+
+TASK = Task(
+    name="countdown-mini",
+    question=lambda row: row["question"],
+    check=check_row,
+    rewards=(f"{__file__}:countdown_answer", "0.1*r1_format", "0*thinking_length"),
+    accuracy="countdown_answer",
+    max_tokens=152,
+    make_rows=make_rows,
+)

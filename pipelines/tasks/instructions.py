@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pipelines.tasks.base import Task
 from pipelines.templates import TEMPLATES
 
 WORDS = ("apple", "blue", "cat", "door", "green", "house", "lamp", "moon", "river", "stone", "tree", "window")
@@ -56,3 +57,15 @@ def documents(rows: Sequence[Mapping[str, Any]], rng: random.Random, *, share_ri
         if rng.random() >= share_right:
             words = [rng.choice(words) for _ in range(rng.randint(1, MAX_WORDS))]
         yield TEMPLATES["r1"].format(row["question"]) + completion(" ".join(words))
+
+
+TASK = Task(
+    name="instructions",
+    question=lambda row: row["question"],
+    check=check_row,
+    gold=lambda row: row["answer"],
+    rewards=("exact_answer", "0.1*r1_format", "0*thinking_length"),
+    accuracy="exact_answer",
+    max_tokens=32,
+    make_rows=make_rows,
+)
