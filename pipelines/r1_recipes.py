@@ -44,12 +44,12 @@ def tiny() -> R1Config:
         cold_start=replace(tuned, steps=110, lr=3e-3),
         reasoning=reasoning,
         sampling=SampleConfig(
-            model="", task="ledger", num_prompts=500, completions=4, max_tokens=24, engine=engine
+            model="", task="ledger", num_prompts=1_200, completions=4, max_tokens=24, engine=engine
         ),
-        mixture=replace(tuned, epochs=4),
+        mixture=replace(tuned, epochs=4, lr=3e-3),
         scenarios=scenarios,
         student_pretrain=replace(pretrain, architecture="", seed=1),
-        distill=replace(tuned, epochs=6),
+        distill=replace(tuned, epochs=10, lr=3e-3),
         evaluation=EvalConfig(
             model="", temperature=1.0, max_tokens=24,
             engine=EngineConfig(kind="native", transport="local", max_model_len=256),
