@@ -5,7 +5,10 @@ inputs and results. EvalPlus' release files hold inputs alone, whose results a p
 """
 
 from pipelines.tasks.base import Row
+from pipelines.tasks.code_rows import CODE_REWARDS
 
+PLUS_REWARDS = ("code_reward(timeout_s=30)", *CODE_REWARDS[1:])
+"""Some programs take seconds for hundreds of inputs, of up to a million characters."""
 _NUMPY = '''
 class np:
     """What the tests use of numpy."""
