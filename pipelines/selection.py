@@ -144,10 +144,10 @@ def _refused(trace: Trace, config: SelectConfig, accuracy: str, filters: dict[st
 def _repeated(completion: str, seen: dict[str, str]) -> str | None:
     """Whether another completion of the prompt is the same but for letter case and white space."""
     key = "".join(completion.lower().split())
-    first = seen.setdefault(key, completion)
-    if first is completion:
-        return None
-    return "duplicate" if first == completion else "near_duplicate"
+    if key in seen:
+        return "duplicate" if completion == seen[key] else "near_duplicate"
+    seen[key] = completion
+    return None
 
 
 def _choose(traces: Sequence[Trace], config: SelectConfig, rng: random.Random) -> list[Trace]:

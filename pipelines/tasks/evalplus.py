@@ -4,8 +4,13 @@ The hub's form is read (evalplus/humanevalplus, evalplus/mbppplus; the files nam
 inputs and results. EvalPlus' release files hold inputs alone, whose results a program would have to make: refused.
 """
 
-from pipelines.tasks.base import Row
+import re
 
+from pipelines.tasks.base import Row
+from pipelines.tasks.code_rows import CODE_REWARDS
+
+PLUS_REWARDS = ("code_reward(timeout_s=30)", *CODE_REWARDS[1:])
+"""Some programs take seconds for hundreds of inputs, of up to a million characters."""
 _NUMPY = '''
 class np:
     """What the tests use of numpy."""
@@ -25,6 +30,9 @@ class np:
 # HumanEval/32 asks for a root; the hub's form has the arguments in the wrong places, so that every program fails.
 _ROOT_TEST = "_poly(*candidate(*inp), inp) <= 0.0001"
 _MENDED_ROOT_TEST = "abs(_poly(*inp, candidate(*inp))) <= 0.0001"
+# Three problems of MBPP+ compare without an assert, so that every program passes.
+_COMPARISON = "        exact_match = exp == (out is not None)\n"
+_CALLED = re.compile(r"^ *assertion\((\w+)\(\*inp\)", re.MULTILINE)
 
 
 def check_tests(row: Row) -> str | None:
@@ -41,4 +49,8 @@ def check_tests(row: Row) -> str | None:
 
 def prepare_tests(row: Row) -> Row:
     test = row["test"].replace("import numpy as np\n", _NUMPY, 1).replace(_ROOT_TEST, _MENDED_ROOT_TEST)
-    return row | {"test": test}
+    if _COMPARISON in test:
+        test = test.replace(_COMPARISON, f"{_COMPARISON}    assert exact_match\n", 1)
+    called = _CALLED.search(test)  # beside it a test may call its own reference, so that the name is not plain
+    entry_point = row.get("entry_point") or (called[1] if called else "")
+    return row | {"test": test, "entry_point": entry_point}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pipelines.tasks.base import Row, Task
 from pipelines.tasks.code_rows import ACCURACY, CODE_REWARDS, coded, fenced
-from pipelines.tasks.evalplus import check_tests, prepare_tests
+from pipelines.tasks.evalplus import PLUS_REWARDS, check_tests, prepare_tests
 
 
 def check_row(row: Row) -> str | None:
@@ -46,6 +46,7 @@ PLUS = replace(
     name="humaneval+",
     check=lambda row: check_row(row) or check_tests(row),
     prepare=prepare_tests,
+    rewards=PLUS_REWARDS,
     default_data="evalplus/humanevalplus@test",
 )
 COMPLETE = replace(

@@ -20,7 +20,7 @@ from pipelines.prompting import load_tokenizer
 from pipelines.recipes import ZERO_RECIPES
 from pipelines.zero import ZeroConfig
 from rewards import Rubric, Sample, ScoreStatus, load_reward
-from tests.pipelines.conftest import GSM8K, ROOT
+from tests.pipelines.conftest import GSM8K, LOCAL, ROOT, grpo
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -35,7 +35,7 @@ def run(name: str, environment: dict[str, str], *arguments: object) -> str:
 
 
 def test_every_example_is_tested_here() -> None:
-    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03", "04", "07"]
+    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03", "04", "05", "06", "07"]
 
 
 def test_custom_reward_shows_three_verdicts(environment: dict[str, str]) -> None:
@@ -103,3 +103,14 @@ def test_distill_into_a_dense_student(environment: dict[str, str], base: Path, t
     assert last < 0.7 * first
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "on-policy" / "model")
     assert model.config.model_type == "qwen3" and model.config.vocab_size == len(load_tokenizer(str(base)))
+
+
+def test_custom_task_judges_right_and_wrong(environment: dict[str, str]) -> None:
+    rewards = [float(line.rpartition(" ")[2]) for line in run("05", environment).splitlines()]
+    assert rewards[::2] == [1.1] * 3 and all(0.1 <= wrong < 0.7 for wrong in rewards[1::2])
+
+
+def test_custom_task_is_evaluated(base: Path, tmp_path: Path) -> None:
+    outcome = grpo("eval", "--model", base, "--task", EXAMPLES[4], "--limit", 2, "--max-tokens", 4,
+                   *LOCAL, "--engine.max-model-len", 200, "--out", tmp_path)  # fmt: skip
+    assert outcome.status == 0 and "2 problems of backwards" in outcome.out, outcome

@@ -88,7 +88,7 @@ def test_group_rewards_and_limits(folder: Path, capsys: pytest.CaptureFixture[st
         (["code", "--out", "x"], "something is missing: grpo reward code PROGRAMS.jsonl --out OUT.jsonl"),
         (["test", "mine.py:nothing", "good.jsonl"], "mine.py has no 'nothing'; functions in it: exact, place"),
         (["test", "mine.py:exact", "missing.jsonl"], "data file missing.jsonl not found"),
-        (["test", "mine.py:exact", "empty.jsonl"], "line 2, field 'completion' is missing or not a text"),
+        (["test", "mine.py:exact", "empty.jsonl"], "line 2: field 'completion' is missing or not a text"),
         (["test", "mine.py:exact", "odd.jsonl"], "line 1: finish_reason must be one of stop, length, abort, error"),
         (["test", "mine.py:exact", "good.jsonl", "--limits", "3"], "'--limits'; did you mean '--limit'?"),
         (["grade"], "unknown recipe 'grade'; known: test, math, code"),
