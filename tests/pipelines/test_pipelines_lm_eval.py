@@ -66,7 +66,9 @@ def model(rows: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) 
     return run_pretrain(config)
 
 
-def harness(url: str, data: Path, out: Path, environment: dict[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
+def harness(
+    url: str, data: Path, out: Path, environment: dict[str, str]
+) -> tuple[dict[str, float], dict[tuple[str, str], Any]]:
     """Accuracy by filter, and (filter, question) -> its record, of lm-evaluation-harness's own gsm8k on our rows."""
     tasks = out / "tasks"
     tasks.mkdir(parents=True)
