@@ -61,9 +61,13 @@ def test_chat_gets_messages_and_gives_the_thinking_back() -> None:
 
 def test_requests_at_a_time() -> None:
     full = threading.Barrier(3, timeout=20)  # passes only if three are there at once
+    fourth = threading.Event()
 
     def answer(path: str, request: dict[str, Any], before: int) -> Answer:
+        if script.most_at_once > 3:
+            fourth.set()
         full.wait()
+        fourth.wait(0.3)  # time for a fourth to come, if it may
         return 200, OK, completion("x")
 
     script = ScriptedServer(answer)
