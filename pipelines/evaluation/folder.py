@@ -45,12 +45,14 @@ def versions() -> dict[str, str]:
 
 def open_folder(config: Any, free: Sequence[str], *, weights: str, prompts: Sequence[Prompt]) -> SampleLog:
     """Creates the folder, or checks that it holds an evaluation of the same configuration, weights and prompts, whose
-    completions are then in the log. `free` are the fields that may differ. Raises ValueError for anything else.
+    completions are then in the log; what holds no completions is begun anew. `free` are the fields that may differ.
+    Raises ValueError for anything else.
     """
     out = Path(config.out)
     provenance = {"weights": weights, "prompts": prompts_fingerprint(prompts)}
     saved = out / "config.json"
-    if saved.exists():
+    holds = any((out / name).exists() for name in ("samples.jsonl", "records.jsonl", "results.json"))
+    if holds and saved.exists():
         started, asked = flat_fields(read_config(type(config), saved, default=config)), flat_fields(config)
         changed = [name for name in asked if name not in free and asked[name] != started[name]]
         if changed:
@@ -62,9 +64,9 @@ def open_folder(config: Any, free: Sequence[str], *, weights: str, prompts: Sequ
         stale = [name for name, value in provenance.items() if known[name] != value]
         if stale:
             raise ValueError(f"the {' and '.join(stale)} have changed since {out} was begun; choose another --out")
-    elif any((out / name).exists() for name in ("records.jsonl", "results.json")):
+    elif holds:
         raise ValueError(f"{out} already holds results, of what is not said (no config.json); choose another --out")
-    else:
+    else:  # new, or begun in vain: the engines or the server did not start
         out.mkdir(parents=True, exist_ok=True)
         (out / "provenance.json").write_text(json.dumps({**provenance, "versions": versions()}, indent=2) + "\n")
         write_config(config, saved)  # last: where it stands, the other is there too

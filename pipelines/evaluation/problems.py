@@ -28,11 +28,12 @@ class Problems:
 
 
 def read_problems(config: EvalConfig, task: Task) -> Problems:
+    tokenizer = None if config.server else load_tokenizer(config.model)  # a wrong folder is told before data is read
     rows = task_rows(
         task, config.data, split=config.split, count=config.limit, seed=config.seed,
         max_bad_share=config.max_bad_share, report=console.print,
     )  # fmt: skip
-    if config.server:
+    if tokenizer is None:
         template, examples = get_template(config.template or task.template), shown_examples(task, config.shots)
         questions = [(f"{task.name}-{row.number}", task.question(row.row), row.row) for row in rows]
         prompts = [
@@ -46,7 +47,7 @@ def read_problems(config: EvalConfig, task: Task) -> Problems:
         ]
         return Problems(task=task, fitting=prompts, too_long=[], room=0)
     prompts = build_prompts(
-        rows, task, load_tokenizer(config.model), max_tokens=sys.maxsize, report=console.print,
+        rows, task, tokenizer, max_tokens=sys.maxsize, report=console.print,
         template=config.template, shots=config.shots,
     )  # fmt: skip
     room = config.engine.max_model_len - config.tokens_per_completion

@@ -79,7 +79,7 @@ def default_ks(num_samples: int) -> tuple[int, ...]:
 
 def is_right(record: Record, accuracy: str) -> bool | None:
     """None for a completion that failed or got no score."""
-    return None if record["failure"] or accuracy not in record["metrics"] else record["metrics"][accuracy] >= 1.0
+    return record["metrics"][accuracy] >= 1.0 if accuracy in record["metrics"] else None
 
 
 def shares_right(records: Sequence[Record], accuracy: str) -> dict[str, float | None]:

@@ -1,56 +1,32 @@
-"""Evaluation.
+"""Evaluation as a library.
 
-Pinned: (1) Wilson's interval against published and hand-computed values; (2) accuracy counts scored problems only:
-neither a failed completion nor one whose reward did not apply is right or wrong, and both are counted; (3) a metric is
-averaged over the problems that have it; (4) records keep the order of the problems although groups arrive in any, and
-hold all that is needed to judge the judge; (5) batching changes nothing; (6) text forced on the model counts as its
-own; (7) `results.json` and `records.jsonl` say what the result says.
+Pinned: (1) accuracy counts scored completions only: neither a failed one nor one whose reward did not apply is right or
+wrong, and both are counted, with what the accuracy is if all of them are wrong; (2) a metric is averaged over the
+completions that have it; (3) records keep the order of the problems although completions arrive in any, hold all that
+is needed to judge the judge, and are judged again to the same; (4) text forced on the model counts as its own; (5)
+several completions: avg@n, pass@k and cons@k by hand; (6) extractors side by side, each against its own convention; (7)
+the files say what the result says.
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.evaluate import EvalResult, evaluate, wilson_interval, write_result
+from pipelines.evaluate import EvalResult, evaluate, write_result
+from pipelines.evaluation.extractors import EXTRACTORS
+from pipelines.evaluation.judge import completions_of, judge, read_records
+from pipelines.evaluation.samples import Drawn
+from pipelines.evaluation.summary import summarize
+from pipelines.statistics import pass_at_k, wilson_interval
 from rewards import Rubric, Sample, Score, math_answer, reward
-from rollout.engine import WeightStream
 from rollout.pool import LocalPool
-from rollout.sample import Completion, CompletionGroup, FinishReason, Prompt, SamplingParams
+from rollout.sample import Completion, FinishReason, Prompt, SamplingParams
+from rollout.stream import Request, Sampled
 
 PARAMS = SamplingParams(max_tokens=50, stop_token_id=0, temperature=0)
-
-
-@pytest.mark.parametrize(
-    ("right", "trials", "low", "high"),
-    [
-        (0, 10, 0.0, 0.2775),
-        (1, 10, 0.0179, 0.4042),
-        (5, 10, 0.2366, 0.7634),
-        (10, 10, 0.7225, 1.0),
-        (15, 148, 0.0624, 0.1605),  # Newcombe, Statistics in Medicine 17 (1998), table I: method 3
-        (81, 263, 0.2553, 0.3662),  # the same
-        (1, 29, 0.0061, 0.1718),  # the same
-        (0, 0, 0.0, 1.0),
-    ],
-)
-def test_wilson_interval_of_the_books(right: int, trials: int, low: float, high: float) -> None:
-    assert wilson_interval(right, trials) == pytest.approx((low, high), abs=5e-5)
-
-
-@pytest.mark.parametrize(("right", "trials"), [(0, 1), (1, 1), (3, 7), (400, 512), (1319, 1319)])
-def test_wilson_interval_solves_its_equation(right: int, trials: int) -> None:
-    """An end p of the interval is where the share lies z standard deviations of Binomial(n, p) away."""
-    share, (low, high) = right / trials, wilson_interval(right, trials)
-    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
-    for end in (low, high):
-        if 1e-9 < end < 1 - 1e-9:
-            assert abs(share - end) == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / trials))
-    mirrored = wilson_interval(trials - right, trials)
-    assert mirrored == pytest.approx((1 - high, 1 - low))
 
 
 def encode(text: str) -> list[int]:
@@ -65,24 +41,17 @@ class ScriptedPool(LocalPool):
     """Answers each prompt as told, in reversed order."""
 
     def __init__(self, answers: dict[str, tuple[str, FinishReason]]) -> None:
-        self.answers, self.calls = answers, list[list[str]]()
+        self.answers = answers
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[CompletionGroup]:
+    def stream(self, groups: Sequence[Sequence[Request]], params: SamplingParams, *_: object) -> Iterator[Sampled]:
         assert params == PARAMS
-        self.calls.append([prompt.id for prompt in prompts])
-        for prompt in reversed(prompts):
-            text, reason = self.answers[prompt.id]
+        for request in reversed([request for group in groups for request in group]):
+            text, reason = self.answers[request.prompt_id]
             ids = encode(text)
             completion = Completion(
                 token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason=reason, version_spans=((0, len(ids)),), seed=0
             )
-            yield CompletionGroup(prompt=prompt, completions=[completion])
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
-        raise NotImplementedError
-
-    def load_weights(self, weights: WeightStream, version: int) -> None:
-        raise NotImplementedError
+            yield Sampled(prompt_id=request.prompt_id, index=request.index, completion=completion)
 
     def close(self) -> None:
         raise NotImplementedError
@@ -117,21 +86,23 @@ def make_prompts(prefill: str = "") -> list[Prompt]:
     ]
 
 
-def run(prompts: list[Prompt], batch_size: int = 256) -> tuple[EvalResult, ScriptedPool, list[int]]:
+def run(prompts: list[Prompt]) -> tuple[EvalResult, int]:
     pool = ScriptedPool({name: (text, reason) for name, (_, text, reason) in PROBLEMS.items()})
-    done: list[int] = []
+    done: list[None] = []
     result = evaluate(
-        pool, prompts, RUBRIC, decode, PARAMS, accuracy="math_answer", batch_size=batch_size, on_batch=done.append
+        pool, prompts, RUBRIC, decode, PARAMS, accuracy="math_answer", on_sample=lambda: done.append(None)
     )
-    return result, pool, done
+    return result, len(done)
 
 
 def test_accuracy_is_of_scored_problems() -> None:
-    result, _, _ = run(make_prompts())
+    result, done = run(make_prompts())
+    assert done == 8
     assert (result.num_problems, result.num_unscored) == (8, 2), "the failed one, and the one without a gold answer"
-    assert result.accuracy == 3 / 6
-    assert (result.accuracy_low, result.accuracy_high) == wilson_interval(3, 6)
-    assert result.truncated == 2 / 8
+    assert result.failures == {"engine": 1}
+    assert result.accuracy == 3 / 6 and result.accuracy_of_all == 3 / 8
+    assert (result.accuracy_low, result.accuracy_high) == pytest.approx(wilson_interval(3, 6))
+    assert result.truncated == 2 / 7, "of what came"
     assert result.tokens_per_s == pytest.approx(sum(len(text) for _, text, _ in PROBLEMS.values()) / result.seconds)
 
 
@@ -144,16 +115,23 @@ def test_a_metric_is_averaged_over_the_problems_that_have_it() -> None:
 
 
 def test_records_are_complete_and_in_order() -> None:
-    result, _, _ = run(make_prompts())
-    assert [record["id"] for record in result.records] == list(PROBLEMS)
-    record = result.records[1]
-    assert record == {
-        "id": "wrong",
+    result, _ = run(make_prompts())
+    assert [record["prompt_id"] for record in result.records] == list(PROBLEMS)
+    assert result.records[1] == {
+        "id": "wrong/0",
+        "prompt_id": "wrong",
+        "index": 0,
         "prompt": "Q wrong",
+        "prefill": "",
         "row": {"answer": "5", "n": 1},
         "completion": "<answer>66</answer>",
+        "token_ids": encode("<answer>66</answer>"),
+        "tokens": 19,
         "finish_reason": "stop",
-        "value": 0.0,
+        "failure": "",
+        "error": "",
+        "retries": 0,
+        "reward": 0.0,
         "metrics": {"math_answer": 0.0, "math_answer/answered": 1.0, "size": 2.0},
         "info": {
             "math_answer": {"extracted": "66", "method": "answer_tag", "reason": "different", "gold": "5"},
@@ -161,21 +139,14 @@ def test_records_are_complete_and_in_order() -> None:
         },
         "status": "ok",
     }
-    assert [record["finish_reason"] for record in result.records if record["id"] == "failed"] == ["error"]
-    assert [record["value"] for record in result.records if record["id"] == "no-gold"] == [None]
-
-
-def without_time(result: EvalResult) -> dict[str, Any]:
-    return {name: value for name, value in result.summary().items() if name not in ("seconds", "tokens_per_s")}
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_batching_changes_nothing(batch_size: int) -> None:
-    whole, _, _ = run(make_prompts())
-    result, pool, done = run(make_prompts(), batch_size)
-    assert without_time(result) == without_time(whole) and result.records == whole.records
-    assert [name for call in pool.calls for name in call] == list(PROBLEMS)
-    assert max(map(len, pool.calls)) == batch_size and done == list(map(len, pool.calls))
+    [failed] = [record for record in result.records if record["failure"]]
+    assert (failed["prompt_id"], failed["reward"], failed["metrics"], failed["status"]) == (
+        "failed",
+        None,
+        {},
+        "failed",
+    )
+    assert [record["reward"] for record in result.records if record["prompt_id"] == "no-gold"] == [None]
 
 
 def test_text_forced_on_the_model_is_scored_with_the_completion() -> None:
@@ -188,24 +159,75 @@ def test_text_forced_on_the_model_is_scored_with_the_completion() -> None:
 
 
 def test_nothing_scored_is_no_accuracy_but_a_count() -> None:
-    result, _, _ = run([prompt for prompt in make_prompts() if prompt.id in ("failed", "no-gold")])
+    result, _ = run([prompt for prompt in make_prompts() if prompt.id in ("failed", "no-gold")])
     assert (result.num_problems, result.num_unscored) == (2, 2)
     assert (result.accuracy_low, result.accuracy_high) == (0.0, 1.0)
     assert result.metrics == {}
 
 
-def test_several_completions_per_problem_are_refused() -> None:
-    params = SamplingParams(max_tokens=5, stop_token_id=0, num_completions=2)
-    with pytest.raises(AssertionError, match="one completion per problem"):
-        evaluate(ScriptedPool({}), make_prompts(), RUBRIC, decode, params, accuracy="math_answer")
-
-
-def test_files_say_what_the_result_says(tmp_path: Path) -> None:
-    result, _, _ = run(make_prompts())
-    write_result(result, tmp_path / "deep" / "out")
+def test_files_say_what_the_result_says_and_are_judged_again_to_the_same(tmp_path: Path) -> None:
+    result, _ = run(make_prompts("<answer>"))
     folder = tmp_path / "deep" / "out"
+    write_result(result, folder)
     assert json.loads((folder / "results.json").read_text()) == result.summary()
-    lines = (folder / "records.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == result.records
-    assert set(result.summary()) >= {"accuracy", "accuracy_low", "accuracy_high", "num_problems", "num_unscored"}
     assert "records" not in result.summary()
+    records = read_records(folder)
+    assert records == result.records
+    page = (folder / "report.md").read_text()
+    assert "accuracy if all that was not scored is wrong" in page and "| failures | 1 engine |" in page
+    prompts, drawn = completions_of(records)
+    assert judge(prompts, drawn, RUBRIC, accuracy="math_answer") == result.records
+
+
+def drawn_of(answers: dict[str, list[str | None]]) -> tuple[list[Prompt], dict[tuple[str, int], Drawn]]:
+    """Completions by problem, None for one that failed; the gold answer is 1/2 everywhere."""
+    prompts = [Prompt(id=name, text="Q", token_ids=[], row={"answer": "#### 1/2"}) for name in answers]
+    drawn = [
+        Drawn(prompt_id=name, index=i, failure="timeout") if text is None
+        else Drawn(prompt_id=name, index=i, text=text, finish_reason="stop")
+        for name, texts in answers.items() for i, text in enumerate(texts)
+    ]  # fmt: skip
+    return prompts, {one.key: one for one in drawn}
+
+
+def test_several_completions_by_hand() -> None:
+    half, tenths, two = (f"<answer>{answer}</answer>" for answer in (r"\frac12", "0.5", "2"))
+    prompts, drawn = drawn_of({"a": [half, tenths, two, "?"], "b": [two, two, half, None], "c": [None] * 4})
+    records = judge(prompts, drawn, Rubric([math_answer]), accuracy="math_answer")
+    result = summarize(records, accuracy="math_answer", ks=(1, 2, 3, 4))
+    assert result.accuracy == pytest.approx((2 / 4 + 1 / 3) / 2), "every problem counts the same"
+    assert (result.num_problems, result.num_unscored, result.num_unscored_samples) == (3, 1, 5)
+    assert result.accuracy_of_all == pytest.approx((2 / 4 + 1 / 4 + 0) / 3)
+    assert result.pass_at["1"].value == pytest.approx(result.accuracy)
+    expected = pass_at_k(num_samples=4, num_right=2, k=2), pass_at_k(num_samples=3, num_right=1, k=2)
+    assert result.pass_at["2"].value == pytest.approx(sum(expected) / 2)
+    assert (result.pass_at["4"].value, result.pass_at["4"].num_problems) == (1.0, 1), "b has 3 scored completions"
+    assert result.cons_at["4"].value == 1.0, "a half and five tenths are one answer"
+    assert result.cons_at["3"].value == pytest.approx(((1 + 1 + 0.5 + 0.5) / 4 + 0) / 2)
+
+
+def test_extractors_side_by_side() -> None:
+    texts = {
+        "hash": "so 3 + 4 = 1,234 #### 1,234",
+        "last": "it is 99, no: 1234.",
+        "boxed": r"it is \boxed{1234}, since 5 is odd",
+        "tag": "<answer>1234.0</answer>",
+    }
+    prompts = [Prompt(id=name, text="Q", token_ids=[], row={"answer": "6 * 7 #### 1,234"}) for name in texts]
+    drawn = [Drawn(prompt_id=name, index=0, text=text, finish_reason="stop") for name, text in texts.items()]
+    by_key = {one.key: one for one in drawn}
+    records = judge(prompts, by_key, Rubric([math_answer]), accuracy="math_answer", extractors=EXTRACTORS)
+    right = {r["prompt_id"]: {name for name, one in r["extractors"].items() if one["right"]} for r in records}
+    assert right == {
+        "hash": {"strict", "flexible", "default"},
+        "last": {"flexible", "default"},
+        "boxed": {"boxed", "default"},
+        "tag": {"answer", "default"},  # as text, which the first two compare, 1234.0 is another number
+    }
+    result = summarize(records, accuracy="math_answer")
+    assert {name: one.accuracy.value for name, one in result.extractors.items()} == {
+        "strict": 1 / 4, "flexible": 2 / 4, "boxed": 1 / 4, "answer": 1 / 4, "default": 1.0,
+    }  # fmt: skip
+    assert result.extractors["strict"].answered == 1 / 4
+    assert result.disagreements["flexible, not strict"] == 1 and result.disagreements["default, not flexible"] == 2
+    assert "strict, not flexible" not in result.disagreements

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,9 @@ from pipelines.prompting import load_tokenizer
 from pipelines.recipes import ZERO_RECIPES
 from pipelines.zero import ZeroConfig
 from rewards import Rubric, Sample, ScoreStatus, load_reward
+from rollout.sample import SamplingParams
 from tests.pipelines.conftest import GSM8K, LOCAL, ROOT, grpo
+from tests.pipelines.servers import Answer, ScriptedServer, message
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -85,7 +88,23 @@ def test_evaluate_checkpoint_on_rows_of_a_file(environment: dict[str, str], base
     interval = r"\(95% interval \d+\.\d% to \d+\.\d%\)"
     assert re.fullmatch(rf"accuracy \d+\.\d% of 8 problems {interval}, 0 not scored", lines[0])
     assert any(line.split()[0] == "math_answer" for line in lines)
-    assert any(line.startswith("gsm8k-1: ") and "not '18'" in line for line in lines), "some mistakes are shown"
+    assert any(line.startswith("gsm8k-1/0: ") and "not '18'" in line for line in lines), "some mistakes are shown"
+
+
+def test_evaluate_server_counts_votes(environment: dict[str, str]) -> None:
+    """A server whose answers to the first problem are right in three of four cases."""
+
+    def answer(path: str, request: dict[str, Any], before: int) -> Answer:
+        right = "Janet" in request["messages"][-1]["content"] and request["seed"] != unlucky
+        return 200, {}, message(r"\boxed{18}" if right else r"\boxed{1}")
+
+    unlucky = SamplingParams(max_tokens=1, stop_token_id=0).seed_of("1", 2) % 2**31
+    with ScriptedServer(answer).running() as url:
+        lines = run("06", environment, url, "toy", GSM8K).splitlines()
+    assert lines[0].startswith("accuracy 9.4% of 8 problems (95% interval") and lines[0].endswith("failures none")
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["pass@1", "9.4%"], ["pass@4", "12.5%"], ["cons@1", "9.4%"], ["cons@4", "12.5%"],
+    ]  # fmt: skip
 
 
 def test_evaluate_checkpoint_on_generated_rows(base: Path) -> None:

@@ -18,8 +18,9 @@ import pytest
 
 from grpo.metrics import read_metrics
 from models import load_pretrained
-from pipelines.evaluate import EvalResult, wilson_interval
+from pipelines.evaluate import EvalResult
 from pipelines.quickstart import FULL_CHAIN, Measurement, QuickstartConfig, full_chains, summarise, write_data
+from pipelines.statistics import wilson_interval
 from rollout.engine import EngineConfig
 from tests.pipelines.conftest import Outcome, grpo
 
