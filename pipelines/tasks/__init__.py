@@ -54,7 +54,7 @@ TASKS = {
         template="r1",
         rewards=(f"{countdown_mini.__file__}:countdown_answer", "0.1*r1_format", "0*thinking_length"),
         accuracy="countdown_answer",
-        max_tokens=144,
+        max_tokens=152,
         make_rows=countdown_mini.make_rows,
     ),
     "variables": Task(
@@ -64,7 +64,7 @@ TASKS = {
         template="r1",
         rewards=("math_answer", "0.1*r1_format", "0*thinking_length"),
         accuracy="math_answer",
-        max_tokens=48,
+        max_tokens=32,
         make_rows=variables.make_rows,
     ),
     "gsm8k": Task(
