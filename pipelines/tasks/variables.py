@@ -26,6 +26,7 @@ MAX_SHOWN_DEPTH = 3
 """Deepest problems that the base sees worked out; it sees the bare answers of deeper ones."""
 TRAINING_DEPTHS = range(3, 7)
 """Of the problems for RL."""
+CORPUS_DEPTHS = (1, 2, 3, 1, 2, 3, 1, 2, 3, 4, 5, 6)
 # 11 is prime, so every operation can be undone, and the answer depends on each step.
 OPERATIONS = (*(f"{sign}{number}" for sign in "+-" for number in range(1, MODULUS)), *(f"x{n}" for n in range(2, 11)))
 
