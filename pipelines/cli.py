@@ -1,6 +1,7 @@
 """The command `grpo`: chooses a recipe, applies a config file and flags, and turns user errors into one line.
 
     grpo quickstart
+    grpo r1-mini [--out DIR]
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
     grpo distill on-policy --model STUDENT --teacher TEACHER [--config FILE.yaml] [--resume]
@@ -58,12 +59,14 @@ def _commands() -> dict[str, Command]:
     from pipelines.model_info import ModelInfoConfig, run_model_info
     from pipelines.pretrain import PretrainConfig, run_pretrain
     from pipelines.quickstart import QuickstartConfig, run_quickstart
+    from pipelines.r1_mini.run import MiniConfig, run_r1_mini
     from pipelines.recipes import PRETRAIN_RECIPES, ZERO_RECIPES
     from pipelines.replay import ReplayConfig, run_replay
     from pipelines.zero import ZeroConfig, run_zero
 
     return {
         "quickstart": Command(config=QuickstartConfig, recipes={"ledger": QuickstartConfig}, run=run_quickstart),
+        "r1-mini": Command(config=MiniConfig, recipes={"default": MiniConfig}, run=run_r1_mini),
         "pretrain": Command(
             config=PretrainConfig,
             recipes={"default": lambda: PretrainConfig(data="", out="")} | PRETRAIN_RECIPES,

@@ -11,13 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from models.config import DeepseekV3Config
+from pipelines.prompting import load_tokenizer
 from pipelines.r1_mini import controls
 from pipelines.r1_mini.effort import FULL, Effort, student
 from pipelines.r1_mini.stages import (
-    Loop, Pair, Row, curve, distill_on_policy, documents, make_rows, new_tokenizer, pretrain, problem, read_json_rows,
-    reinforce, sample, summarise, supervise, write_rows,
+    Loop,
+    Pair,
+    Row,
+    curve,
+    distill_on_policy,
+    documents,
+    make_rows,
+    new_tokenizer,
+    pretrain,
+    problem,
+    read_json_rows,
+    reinforce,
+    sample,
+    summarise,
+    supervise,
+    write_rows,
 )  # fmt: skip
-from pipelines.prompting import load_tokenizer
 from pipelines.tasks import countdown_mini, get_task, ledger, variables
 from pipelines.templates import TEMPLATES
 
@@ -51,9 +65,7 @@ class Job:
         return summarise(task, sample(model, task, self.heldout(task), **settings))
 
     def loop(self, task: str, steps: int, lr: float) -> Loop:
-        return Loop(
-            task=task, data=self.prompts(task), steps=steps, lr=lr, group=self.effort.group, seed=self.seed
-        )
+        return Loop(task=task, data=self.prompts(task), steps=steps, lr=lr, group=self.effort.group, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +116,10 @@ def demonstration(task: str, row: Row, rng: random.Random) -> Pair:
         attempts = countdown_mini.attempts_until(row, rng, countdown_mini.MAX_ATTEMPTS)
         completion = countdown_mini.completion(row, attempts, attempts[-1])
     else:
-        whole = {"ledger": partial(ledger.completion, depth=ledger.NUM_STEPS), "variables": partial(variables.completion, shown=99)}
+        whole = {
+            "ledger": partial(ledger.completion, depth=ledger.NUM_STEPS),
+            "variables": partial(variables.completion, shown=99),
+        }
         completion = whole[task](row)
     return TEMPLATES["r1"].format(row["question"]), completion
 
@@ -132,7 +147,9 @@ def own_samples(task: str, job: Job) -> dict[str, Any]:
     rows = read_json_rows(job.prompts(task))[: job.effort.group * settings.zero_steps]
     groups = sample(start, task, rows, count=job.effort.group, seed=job.seed)
     pairs = [(one.prompt, one.completion) for group in groups for one in group if one.right and not one.truncated]
-    tokens = supervise(start, pairs, job.folder / "model", epochs=2, lr=1e-3, seed=job.seed) if pairs else 0
+    if not pairs:
+        raise ValueError(f"{job.name}: of {len(rows)} problems the base solves none; pretrain it longer")
+    tokens = supervise(start, pairs, job.folder / "model", epochs=2, lr=1e-3, seed=job.seed)
     return {"accepted": len(pairs), "tokens": tokens, "sampled": job.measure(task, job.folder / "model")}
 
 
@@ -141,6 +158,8 @@ def teacher_traces(job: Job) -> dict[str, Any]:
     rows = read_json_rows(job.prompts("ledger"))[: job.effort.num_traces]
     groups = sample(job.root / "ledger/zero/model", "ledger", rows, count=1, seed=job.seed)
     kept = [one for (one,) in groups if one.right and one.metrics["r1_format"] == 1]
+    if len(kept) < 10:
+        raise ValueError(f"{job.name}: {len(kept)} of {len(rows)} traces are right; ten at least are needed")
     write_rows(job.folder / "traces.jsonl", [(one.prompt, one.completion) for one in kept])
     return {"sampled": len(rows), "kept": len(kept)}
 
@@ -149,7 +168,9 @@ def student_base(architecture: DeepseekV3Config, num_documents: int, job: Job) -
     """A student pretrained on the first documents of the teacher's corpus."""
     pairs = [tuple(pair) for pair in read_json_rows(job.root / "ledger/base/corpus.jsonl")]
     if num_documents > len(pairs):
-        pairs += documents("ledger", make_rows("ledger", num_documents - len(pairs), 3 * job.seed + 2000), random.Random(job.seed + 2))
+        pairs += documents(
+            "ledger", make_rows("ledger", num_documents - len(pairs), 3 * job.seed + 2000), random.Random(job.seed + 2)
+        )
     model = pretrain(
         pairs[:num_documents], load_tokenizer(str(job.root / "ledger/base/model")), architecture, job.folder / "model",
         documents_per_step=job.effort.documents_per_step, lr=8e-3, seed=job.seed,
@@ -195,7 +216,7 @@ def student_on_policy(start: str, job: Job) -> dict[str, Any]:
     model = distill_on_policy(loop, cold, job.root / "ledger/zero/model", job.folder / "loop")
     return {
         "cold": first, "cold_tokens": tokens, "curve": curve(job.folder / "loop", "ledger"),
-        "sampled": job.measure("ledger", model),
+        "samples_per_step": job.effort.group**2, "sampled": job.measure("ledger", model),
     }  # fmt: skip
 
 
@@ -215,7 +236,11 @@ def arms(effort: Effort = FULL) -> dict[str, Arm]:
     table["ledger/coin"] = Arm(run=partial(zero, "ledger", "ledger/base", COIN), needs=("ledger/base",))
     table["ledger/continued"] = Arm(run=partial(continued, "ledger"), needs=("ledger/base",))
     table["ledger/own-samples"] = Arm(run=partial(own_samples, "ledger"), needs=("ledger/base",))
-    dense, moe, small = student(effort.student_width), student(effort.student_width, experts=True), student(effort.small_width)
+    dense, moe, small = (
+        student(effort.student_width),
+        student(effort.student_width, experts=True),
+        student(effort.small_width),
+    )
     students = {f"dense-{count}": (dense, count) for count in effort.student_documents}
     students |= {"moe": (moe, effort.student_documents[0]), "small": (small, effort.student_documents[-1])}
     for name, (architecture, count) in students.items():

@@ -6,9 +6,9 @@ from models.config import DeepseekV3Config
 from models.presets import TINY
 
 TEACHER = TINY
-"""Two layers of eight experts, MLA; the teacher of the ledger, and the model of countdown-mini."""
+"""Two layers of eight experts, MLA; the teacher of the ledger."""
 WIDE = replace(TINY, kv_lora_rank=64, qk_nope_head_dim=32)
-"""The model of variables, where names must be found again: latents with room for them."""
+"""The model of the other two, where a number or name must be found again: latents with room for them."""
 
 
 def student(width: int, *, experts: bool = False) -> DeepseekV3Config:
@@ -74,18 +74,18 @@ class Effort:
 FULL = Effort(
     tasks={
         "ledger": TaskEffort(architecture=TEACHER, documents=89_600, lr=4e-3, zero_steps=100, zero_lr=3e-4),
-        "countdown-mini": TaskEffort(architecture=TEACHER, documents=76_800, lr=4e-3, zero_steps=100, zero_lr=3e-4),
+        "countdown-mini": TaskEffort(architecture=WIDE, documents=76_800, lr=4e-3, zero_steps=100, zero_lr=3e-4),
         "variables": TaskEffort(architecture=WIDE, documents=115_200, lr=3e-3, zero_steps=100, zero_lr=3e-4),
     }
 )
 TOY = Effort(
     tasks={
-        name: TaskEffort(architecture=student(16), documents=256, lr=4e-3, zero_steps=2, zero_lr=3e-4)
-        for name in FULL.tasks
+        name: TaskEffort(architecture=student(16), documents=count, lr=1e-2, zero_steps=2, zero_lr=3e-4)
+        for name, count in (("ledger", 6400), ("countdown-mini", 256), ("variables", 256))
     },
     documents_per_step=64,
     num_heldout=24,
-    num_prompts=64,
+    num_prompts=256,
     group=4,
     votes=4,
     cold_start=32,
@@ -93,7 +93,7 @@ TOY = Effort(
     student_width=8,
     student_zero_steps=2,
     student_epochs=1,
-    num_traces=64,
+    num_traces=256,
     on_policy_steps=2,
 )
 EFFORTS = {"full": FULL, "toy": TOY}

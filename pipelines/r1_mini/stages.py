@@ -50,7 +50,9 @@ def read_json_rows(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def make_rows(task: str, count: int, seed: int, exclude: frozenset[Any] = frozenset(), *, corpus: bool = False) -> list[Row]:
+def make_rows(
+    task: str, count: int, seed: int, exclude: frozenset[Any] = frozenset(), *, corpus: bool = False
+) -> list[Row]:
     """Problems outside `exclude`; those of a corpus of variables are mostly of the depths that are worked out."""
     if task == "countdown-mini":
         return countdown_mini.make_rows(count, seed, exclude)
@@ -198,7 +200,9 @@ def sample(
     """`count` completions of each row's problem, judged by the task's rewards."""
     task, tokenizer = get_task(task_name), load_tokenizer(str(model))
     numbered = [NumberedRow(number=number, row=row) for number, row in enumerate(rows, 1)]
-    prompts = build_prompts(numbered, task, tokenizer, max_tokens=ENGINE.max_model_len, report=console.print, prefill=prefill)
+    prompts = build_prompts(
+        numbered, task, tokenizer, max_tokens=ENGINE.max_model_len, report=console.print, prefill=prefill
+    )
     params = SamplingParams(
         num_completions=count, max_tokens=task.max_tokens, temperature=temperature,
         stop_token_id=stop_token(tokenizer), seed=seed,

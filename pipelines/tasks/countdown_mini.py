@@ -50,7 +50,7 @@ def outcomes(numbers: tuple[int, ...]) -> dict[str, list[int]]:
         for signs in product("+-x", repeat=len(numbers) - 1)
     )
     worked_out = {text: evaluate(text) or [-1] for text in texts}
-    return {text: results for text, results in worked_out.items() if 0 <= min(results) and max(results) <= MAX_RESULT}
+    return {text: results for text, results in worked_out.items() if min(results) >= 0 and max(results) <= MAX_RESULT}
 
 
 def check_row(row: dict[str, Any]) -> str | None:
@@ -76,7 +76,7 @@ def problem(row: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
 
 
 def make_rows(count: int, seed: int, exclude: frozenset[Any] = frozenset()) -> list[dict[str, Any]]:
-    """`count` rows whose problems are not in `exclude`. There are 818 problems: rows repeat, their demonstrations hardly do."""
+    """`count` rows whose problems are not in `exclude`. There are 818 problems, so rows repeat."""
     rng = random.Random(f"countdown-mini {seed}")
     rows: list[dict[str, Any]] = []
     while len(rows) < count:

@@ -24,7 +24,7 @@ NAMES = "abcdefghi"
 MAX_DEPTH = 6
 MAX_SHOWN_DEPTH = 3
 """Deepest problems that the base sees worked out; it sees the bare answers of deeper ones."""
-TRAINING_DEPTHS = range(3, 7)
+TRAINING_DEPTHS = range(2, 6)
 """Of the problems for RL."""
 CORPUS_DEPTHS = (1, 2, 3, 1, 2, 3, 1, 2, 3, 4, 5, 6)
 # 11 is prime, so every operation can be undone, and the answer depends on each step.
@@ -52,7 +52,9 @@ def make_row(rng: random.Random, depth: int) -> dict[str, Any]:
     values, operations = [rng.randrange(MODULUS)], [rng.choice(OPERATIONS) for _ in range(depth)]
     for operation in operations:
         values.append(apply(values[-1], operation))
-    definitions = [f"{parent} {operation} {name}" for (parent, name), operation in zip(pairwise(chain), operations, strict=True)]
+    definitions = [
+        f"{parent} {operation} {name}" for (parent, name), operation in zip(pairwise(chain), operations, strict=True)
+    ]
     definitions += [f"{parent} {rng.choice(OPERATIONS)} {name}" for parent, name in pairwise(others)]
     rng.shuffle(definitions)
     question = f"{' '.join(definitions)} what is {chain[-1]} if {chain[0]} is {values[0]} ?"
@@ -86,7 +88,7 @@ def document(row: Mapping[str, Any], shown: int) -> str:
 
 
 def documents(
-    rows: list[dict[str, Any]], rng: random.Random, *, share_partial: float = 0.45, share_full: float = 0.15
+    rows: list[dict[str, Any]], rng: random.Random, *, share_partial: float = 0.4, share_full: float = 0.3
 ) -> Iterator[str]:
     """The pretraining text: most documents answer at once, and those deeper than `MAX_SHOWN_DEPTH` all do."""
     for row in rows:
