@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipelines.data import NumberedRow, load_rows
-from pipelines.tasks import Task
-from pipelines.templates import get_template
+from pipelines.tasks import Example, Task
+from pipelines.templates import CHAT, check_template, get_template
 from rewards import Rubric, load_rubric
 from rollout.sample import Prompt
 
@@ -45,7 +45,8 @@ def task_rows(
     task: Task, data: str | None, *, split: str, count: int, seed: int, max_bad_share: float,
     report: Callable[[str], None],
 ) -> list[NumberedRow]:  # fmt: skip
-    """Rows from `data`, or generated (`count` of them, from `seed`), or from the task's own hub id, in this order.
+    """Rows as the task prepares them: from `data`, or generated (`count` of them, from `seed`), or from the task's own
+    hub id, in this order.
 
     A positive `count` also limits how many rows of a data set are kept.
     """
@@ -55,19 +56,55 @@ def task_rows(
     if source is None:
         raise ValueError(f"task {task.name} needs --data: a file or a hub id")
     rows = load_rows(source, split=split, check=task.check, max_bad_share=max_bad_share, report=report)
-    return rows[:count] if count else rows
+    kept = rows[:count] if count else rows
+    return [NumberedRow(number=row.number, row=task.prepare(row.row)) for row in kept]
+
+
+def shown_examples(task: Task, shots: int) -> tuple[Example, ...]:
+    """The first `shots` worked examples of the task. Raises ValueError if it has fewer."""
+    if not 0 <= shots <= len(task.examples):
+        raise ValueError(f"shots={shots}: task {task.name} has {len(task.examples)} worked examples; ask for as many")
+    return task.examples[:shots]
+
+
+def format_prompts(
+    questions: Sequence[str], template: str, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example] = ()
+) -> list[str]:
+    """The exact texts that the model continues. With the template `chat`, questions are user turns and examples earlier
+    exchanges, as the tokenizer's chat template writes them. Raises ValueError where the tokenizer has none.
+    """
+    check_template(template)
+    if template != CHAT:
+        return [get_template(template).format(question, examples) for question in questions]
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; choose another --template")
+    shown = [
+        {"role": role, "content": text}
+        for one in examples
+        for role, text in (("user", one.question), ("assistant", one.completion.strip()))
+    ]
+    return [
+        str(
+            tokenizer.apply_chat_template(
+                [*shown, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
+        )
+        for question in questions
+    ]
 
 
 def build_prompts(
     rows: Sequence[NumberedRow], task: Task, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int,
-    report: Callable[[str], None], prefill: str = "",
+    report: Callable[[str], None], prefill: str = "", template: str = "", shots: int = 0,
 ) -> list[Prompt]:  # fmt: skip
     """One prompt per row, in order; `prefill` is forced on the model as the beginning of its answer.
 
-    Prompts longer than `max_tokens` are dropped and counted in a report. Raises ValueError if none is left.
+    `template` is the task's own if it is empty; `shots` worked examples of the task stand before the question. Prompts
+    longer than `max_tokens` are dropped and counted in a report. Raises ValueError if none is left.
     """
-    template = get_template(task.template)
-    texts = [template.format(task.question(row.row)) + prefill for row in rows]
+    questions = [task.question(row.row) for row in rows]
+    examples = shown_examples(task, shots)
+    texts = [text + prefill for text in format_prompts(questions, template or task.template, tokenizer, examples)]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     prompts = [
         Prompt(id=f"{task.name}-{row.number}", text=text, token_ids=list(token_ids), prefill=prefill, row=row.row)

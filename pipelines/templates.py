@@ -1,8 +1,10 @@
 """Prompt templates: how a question becomes the text that the model continues.
 
 prompt = TEMPLATES["r1"].format("What is 2 + 2?")
+prompt = TEMPLATES["r1"].format("What is 2 + 2?", [Example("1 + 1?", " <think> ... </answer>")])
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 R1_PREAMBLE = (
@@ -15,6 +17,15 @@ R1_PREAMBLE = (
 
 
 @dataclass(frozen=True)
+class Example:
+    """A worked example for few-shot prompts."""
+
+    question: str
+    completion: str
+    """What stands behind the template's end, in the form that the task's rewards judge right."""
+
+
+@dataclass(frozen=True)
 class Template:
     """A constant opening, then what stands before and after the question."""
 
@@ -22,17 +33,30 @@ class Template:
     before: str
     after: str
 
-    def format(self, question: str) -> str:
-        return f"{self.preamble}{self.before}{question}{self.after}"
+    def format(self, question: str, examples: Sequence[Example] = ()) -> str:
+        """The prompt; worked examples stand before the question in the same form, a blank line behind each."""
+        shown = "".join(f"{self.before}{one.question}{self.after}{one.completion}\n\n" for one in examples)
+        return f"{self.preamble}{shown}{self.before}{question}{self.after}"
 
 
 TEMPLATES = {
     "r1": Template(R1_PREAMBLE, " User: ", " Assistant:"),
     "plain": Template("", "Question: ", "\nAnswer:"),
+    "none": Template("", "", ""),
 }
+CHAT = "chat"
+"""In place of a template: the tokenizer's chat template, see prompting.py."""
+
+
+def check_template(name: str) -> None:
+    """Raises ValueError for a name that is neither a template's nor `chat`."""
+    if name not in (*TEMPLATES, CHAT):
+        known = ", ".join((*sorted(TEMPLATES), CHAT))
+        raise ValueError(f"unknown template {name!r}; known: {known} (the tokenizer's chat template)")
 
 
 def get_template(name: str) -> Template:
+    """Raises ValueError for a name that is no template's; `chat` is none, as it takes a tokenizer."""
     if name not in TEMPLATES:
         raise ValueError(f"unknown template {name!r}; known: {', '.join(sorted(TEMPLATES))}")
     return TEMPLATES[name]

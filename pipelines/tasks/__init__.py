@@ -1,86 +1,70 @@
 """Tasks: what a data set's rows ask, how an answer is judged, and how large the answers are.
 
 task = get_task("gsm8k")
+task = get_task("my_task.py")      # a file with TASK = Task(...)
 question = task.question(row)
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from pipelines.tasks import countdown_mini, gsm8k, ledger, variables
+from pipelines.tasks import (
+    aime, amc, codeforces, countdown, countdown_mini, dapo, gsm8k, humaneval, ledger, leetcode, math, mbpp, variables,
+)  # fmt: skip
+from pipelines.tasks.base import Row, Task
+from pipelines.templates import Example
+from rewards.portable import import_file
 
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One task; its rows come from a file or the hub, or from `make_rows` where it can make them."""
-
-    name: str
-    question: Callable[[Row], str]
-    """The text that the template wraps."""
-    check: Callable[[Row], str | None]
-    """None if a row is usable, else the reason why not."""
-    template: str
-    """Name of the prompt template."""
-    rewards: tuple[str, ...]
-    """Reward specs, as on the command line: `[weight*]name` or `[weight*]file.py:function`."""
-    accuracy: str
-    """The reward whose value 1 means a right answer."""
-    max_tokens: int
-    """Longest completion."""
-    make_rows: Callable[[int, int], list[Row]] | None = None
-    """(count, seed) -> rows, for tasks that are generated."""
-    default_data: str | None = None
-    """Hub id to read where no data is named."""
-
+__all__ = ["TASKS", "Example", "Row", "Task", "get_task"]
 
 TASKS = {
-    "ledger": Task(
-        name="ledger",
-        question=lambda row: row["question"],
-        check=ledger.check_row,
-        template="r1",
-        rewards=("math_answer", "0.1*r1_format", "0*thinking_length"),
-        accuracy="math_answer",
-        max_tokens=32,
-        make_rows=ledger.make_rows,
-    ),
-    "countdown-mini": Task(
-        name="countdown-mini",
-        question=lambda row: row["question"],
-        check=countdown_mini.check_row,
-        template="r1",
-        rewards=(f"{countdown_mini.__file__}:countdown_answer", "0.1*r1_format", "0*thinking_length"),
-        accuracy="countdown_answer",
-        max_tokens=152,
-        make_rows=countdown_mini.make_rows,
-    ),
-    "variables": Task(
-        name="variables",
-        question=lambda row: row["question"],
-        check=variables.check_row,
-        template="r1",
-        rewards=("math_answer", "0.1*r1_format", "0*thinking_length"),
-        accuracy="math_answer",
-        max_tokens=32,
-        make_rows=variables.make_rows,
-    ),
-    "gsm8k": Task(
-        name="gsm8k",
-        question=lambda row: row["question"],
-        check=gsm8k.check_row,
-        template="r1",
-        rewards=("math_answer", "0.1*r1_format", "0*thinking_length"),
-        accuracy="math_answer",
-        max_tokens=1024,
-        default_data="openai/gsm8k:main",
-    ),
+    task.name: task
+    for task in (
+        ledger.TASK,
+        gsm8k.TASK,
+        math.TASK,
+        math.MATH500,
+        aime.TASK,
+        aime.AIME24,
+        aime.AIME25,
+        amc.TASK,
+        dapo.TASK,
+        countdown.TASK,
+        countdown_mini.TASK,
+        variables.TASK,
+        humaneval.TASK,
+        humaneval.PLUS,
+        humaneval.COMPLETE,
+        mbpp.TASK,
+        mbpp.PLUS,
+        codeforces.TASK,
+        leetcode.TASK,
+    )
 }
 
 
 def get_task(name: str) -> Task:
+    """The task of that name, or the `TASK` of the file of that name, which ends in .py.
+
+    Raises ValueError or FileNotFoundError with what there is instead.
+    """
+    if name.endswith(".py"):
+        return _load_task(Path(name).expanduser())
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+        raise ValueError(
+            f"unknown task {name!r}; known: {', '.join(TASKS)}; or a file my_task.py with TASK = Task(...)"
+        )
     return TASKS[name]
+
+
+def _load_task(path: Path) -> Task:
+    if not path.is_file():
+        raise FileNotFoundError(f"task file {str(path)!r} not found (from {str(Path.cwd())!r})")
+    try:
+        module = import_file(path)
+    except Exception as error:  # the user's file: the traceback is chained for GRPO_TRACEBACK=1
+        raise ValueError(f"task file {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    task = getattr(module, "TASK", None)
+    if not isinstance(task, Task):
+        found = "no TASK" if task is None else f"a TASK of type {type(task).__name__}"
+        raise ValueError(f"task file {path} has {found}; write `TASK = Task(...)` with pipelines.tasks.Task at its end")
+    return task

@@ -19,8 +19,9 @@ from functools import lru_cache
 from itertools import permutations, product
 from typing import Any
 
+from pipelines.tasks.base import Task
 from pipelines.templates import TEMPLATES
-from rewards import Sample, Score, reward
+from rewards import Sample, Score, register, reward
 
 MAX_NUMBER, MAX_RESULT = 9, 30
 MAX_ATTEMPTS = 20
@@ -160,6 +161,7 @@ def is_true_thought(words: Sequence[str], row: Mapping[str, Any]) -> bool:
     )
 
 
+@register
 @reward
 def countdown_answer(sample: Sample) -> Score:
     """1 where the answer uses each of the row's `numbers` once and makes its `target`, else 0. Counts the attempts."""
@@ -177,3 +179,15 @@ def countdown_answer(sample: Sample) -> Score:
         metrics={"answered": float(results is not None), "attempts": float(attempts)},
         info={"extracted": expression[:200]},
     )
+
+
+TASK = Task(
+    name="countdown-mini",
+    question=lambda row: row["question"],
+    check=check_row,
+    gold=lambda row: solutions(row)[0],
+    rewards=("countdown_answer", "0.1*r1_format", "0*thinking_length"),
+    accuracy="countdown_answer",
+    max_tokens=152,
+    make_rows=make_rows,
+)

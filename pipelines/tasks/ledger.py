@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipelines.tasks.base import Task
 from pipelines.templates import TEMPLATES
 
 NUM_STEPS = 10
@@ -78,3 +79,15 @@ def documents(
         else:
             depth = 0
         yield document(row, depth)
+
+
+TASK = Task(
+    name="ledger",
+    question=lambda row: row["question"],
+    check=check_row,
+    gold=lambda row: row["answer"],
+    rewards=("math_answer", "0.1*r1_format", "0*thinking_length"),
+    accuracy="math_answer",
+    max_tokens=32,
+    make_rows=make_rows,
+)

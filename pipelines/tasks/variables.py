@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from pipelines.tasks.base import Task
 from pipelines.templates import TEMPLATES
 
 MODULUS = 11
@@ -97,3 +98,15 @@ def documents(
         if row["depth"] <= MAX_SHOWN_DEPTH and draw < share_full + share_partial:
             shown = length if draw < share_full else rng.randrange(1, length)
         yield document(row, shown)
+
+
+TASK = Task(
+    name="variables",
+    question=lambda row: row["question"],
+    check=check_row,
+    gold=lambda row: row["answer"],
+    rewards=("math_answer", "0.1*r1_format", "0*thinking_length"),
+    accuracy="math_answer",
+    max_tokens=32,
+    make_rows=make_rows,
+)

@@ -87,10 +87,9 @@ def test_above_the_share_reading_fails(read: Read) -> None:
     assert len(read(content, share=0.1)[0]) == 9
     with pytest.raises(ValueError) as caught:
         read(content, share=0.09)
-    message = str(caught.value)
-    assert message.endswith(
-        f"d.jsonl: 1 of 10 rows are malformed, more than the allowed share of 0.09; first: line 10, {BAD}"
-    )
+    start, _, first = str(caught.value).partition("; first: ")
+    assert start.endswith("d.jsonl: 1 of 10 rows are malformed, more than the allowed share of 0.09")
+    assert first.endswith(f"d.jsonl, line 10: {BAD}")
 
 
 def test_many_problems_are_reported_in_few_lines(read: Read) -> None:
@@ -159,12 +158,66 @@ def test_parquet(read: Read, tmp_path: Path) -> None:
     assert reports == ["d.parquet, row 2: field 'q' is missing", "d.parquet: 1 of 3 rows are malformed"]
 
 
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_json_array(read: Read, compress: Callable[[bytes], bytes], indent: int | None) -> None:
+    content = b" \n" + json.dumps([{"q": "a"}, 5, {"q": "c"}], indent=indent).encode()
+    name = "d.json" if compress is bytes else "d.json.gz"
+    rows, reports = read(compress(content), name=name, share=0.34)
+    assert rows == [(1, "a"), (3, "c")] and reports[0] == f"{name}, line 2: not a JSON object but int"
+
+
+def test_what_datasets_saves(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"q": ["a", "b"]})
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(tmp_path / "two")
+    [arrow] = (tmp_path / "one").glob("*.arrow")
+    for source, split, expected in (
+        ("one", "any", "ab"),
+        ("two", "train", "ab"),
+        ("two", "test", "b"),
+        (arrow, "", "ab"),
+    ):
+        rows = load_rows(str(tmp_path / source), split=split, check=check, max_bad_share=0, report=pytest.fail)
+        assert "".join(row.row["q"] for row in rows) == expected
+    with pytest.raises(ValueError, match="two has no split 'dev', only train, test"):
+        load_rows(str(tmp_path / "two"), split="dev", check=check, max_bad_share=0, report=pytest.fail)
+    with pytest.raises(ValueError, match="is a folder that `datasets` did not save"):
+        load_rows(str(tmp_path), split="train", check=check, max_bad_share=0, report=pytest.fail)
+
+
+def test_several_files_by_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_bytes(lines("c") + b"{bad\n" + lines("d"))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines("a", "b")))
+    reports: list[str] = []
+    pattern = f"{tmp_path}/*.jsonl*"
+    rows = load_rows(pattern, split="train", check=check, max_bad_share=0.5, report=reports.append)
+    assert [(row.number, row.row["q"]) for row in rows] == [(1, "a"), (2, "b"), (3, "c"), (5, "d")]
+    assert reports == [f"{tmp_path}/b.jsonl, line 2: {BAD}", f"{pattern}: 1 of 5 rows are malformed"]
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.csv"):
+        load_rows(f"{tmp_path}/*.csv", split="train", check=check, max_bad_share=0.5, report=print)
+
+
+def test_a_split_behind_the_hub_id_beats_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> list[Row]:
+        asked.append((*arguments, options))
+        return [{"q": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("o/n", "o/n:c", "o/n@test", "o/n:c@test"):
+        load_rows(source, split="train", check=check, max_bad_share=0, report=print)
+    train, test = {"split": "train"}, {"split": "test"}
+    assert asked == [("o/n", None, train), ("o/n", "c", train), ("o/n", None, test), ("o/n", "c", test)]
+
+
 UNREADABLE = {
     "not gzip": ("d.jsonl.gz", lines("a")),
     "cut-off gzip": ("d.jsonl.gz", gzip.compress(lines(*map(str, range(500))))[:-20]),
     "not parquet": ("d.parquet", b"nope"),
     "unknown ending": ("d.csv", b"q\na\n"),
-    "whole array": ("d.json", json.dumps([{"q": "a"}], indent=1).encode()),
+    "cut-off array": ("d.json", json.dumps([{"q": "a"}, {"q": "b"}], indent=1).encode()[:-3]),
 }
 
 

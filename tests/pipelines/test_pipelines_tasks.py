@@ -131,9 +131,9 @@ def test_a_ledger_row_needs_question_and_answer(row: dict[str, Any]) -> None:
 
 
 def test_registries_name_what_they_know() -> None:
-    with pytest.raises(ValueError, match=r"^unknown task 'math'; known: ledger, gsm8k$"):
-        get_task("math")
-    with pytest.raises(ValueError, match=r"^unknown template 'chat'; known: plain, r1$"):
+    with pytest.raises(ValueError, match=r"^unknown task 'sums'; known: ledger, gsm8k, .*; or a file my_task.py"):
+        get_task("sums")
+    with pytest.raises(ValueError, match=r"^unknown template 'chat'; known: none, plain, r1$"):
         get_template("chat")
 
 
