@@ -3,6 +3,7 @@
     grpo quickstart
     grpo r1-mini [--out DIR]
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
+    grpo sft [RECIPE] [--model DIR] [--data ...] [--out ...] [--resume]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
     grpo distill on-policy --model STUDENT --teacher TEACHER [--config FILE.yaml] [--resume]
     grpo replay RUN --step N [--last M] [--out DIR]
@@ -60,8 +61,9 @@ def _commands() -> dict[str, Command]:
     from pipelines.pretrain import PretrainConfig, run_pretrain
     from pipelines.quickstart import QuickstartConfig, run_quickstart
     from pipelines.r1_mini.run import MiniConfig, run_r1_mini
-    from pipelines.recipes import PRETRAIN_RECIPES, ZERO_RECIPES
+    from pipelines.recipes import PRETRAIN_RECIPES, SFT_RECIPES, ZERO_RECIPES
     from pipelines.replay import ReplayConfig, run_replay
+    from pipelines.sft import SFTConfig, run_sft
     from pipelines.zero import ZeroConfig, run_zero
 
     return {
@@ -72,6 +74,7 @@ def _commands() -> dict[str, Command]:
             recipes={"default": lambda: PretrainConfig(data="", out="")} | PRETRAIN_RECIPES,
             run=run_pretrain,
         ),
+        "sft": Command(config=SFTConfig, recipes=dict(SFT_RECIPES), run=run_sft),
         "zero": Command(
             config=ZeroConfig, recipes={"default": lambda: ZeroConfig(model="")} | ZERO_RECIPES, run=run_zero
         ),

@@ -114,7 +114,7 @@ class _Run:
             if first:
                 bar.advance("resumed", steps=first)
             elif len(self.heldout):
-                self._judge(0)
+                console.print(f"held-out loss before training: {self._judge(0)['loss/heldout']:.4f}")
             started, before = time.perf_counter(), self.tokens
             for step in range(first, self.total):
                 if self._is_over:
@@ -162,9 +162,8 @@ class _Run:
             ("experts in use", "moe/experts_used", lambda x: f"{x:.0%}"),
             ("tokens/s", "speed/tokens_per_s", lambda x: f"{x:,.0f}"),
         ]
-        if self.heldout_loss is not None:
-            metrics = {"loss/heldout": self.heldout_loss} | metrics
-        bar.advance("  ".join(f"{name} {write(metrics[key])}" for name, key, write in shown if key in metrics))
+        known = metrics if self.heldout_loss is None else {"loss/heldout": self.heldout_loss} | metrics
+        bar.advance("  ".join(f"{name} {write(known[key])}" for name, key, write in shown if key in known))
         if logger is not None:
             logger.log(step, metrics)
 

@@ -43,12 +43,13 @@ class SupervisedLearner:
                 "model with some (num_nextn_predict_layers in config.json)"
             )
         self._weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._masters = [
+        self.masters: list[nn.Parameter] = [
             weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
             for weight in self._weights
         ]
+        """What the optimizer moves: the trained weights, or their copies in float32."""
         self.optimizer = build_optimizer(
-            "adamw", self._masters, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
+            "adamw", self.masters, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
             decay=config.weight_decay,
         )  # fmt: skip
         if config.decay_vectors:
@@ -64,7 +65,23 @@ class SupervisedLearner:
     def update(self, store: TokenStore, places: Sequence[int]) -> dict[str, float]:
         """One optimizer step over these samples; what is to be logged of it. Raises FloatingPointError if the gradient
         is not finite; the weights are then as before."""
-        config = self.config
+        loss, counts_LE = self.add_gradient(store, places)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.config.grad_clip).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {self.step + 1}: gradient norm {norm}, loss {loss.item()}; lower lr")
+        lr = self._step()
+        if self.config.balance_speed:
+            for layer, router in self.routers.items():
+                update_correction_bias(router, counts_LE[layer], self.config.balance_speed)
+        return {
+            "loss/train": loss.item(), "optimizer/grad_norm": norm, "optimizer/lr": lr,
+            "data/tokens": float(store.tokens_in(places)), "data/trained_tokens": float(store.trained_in(places)),
+            "data/samples": float(len(places)),
+        } | load_metrics({layer: counts_E.cpu() for layer, counts_E in counts_LE.items()})  # fmt: skip
+
+    def add_gradient(self, store: TokenStore, places: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Adds the gradient of the mean loss over the trained tokens of these samples to that of `masters`; the loss,
+        and the tokens [E] for each expert of each layer. On a GPU nothing is waited for."""
         trained = store.trained_in(places)
         if not trained:
             raise ValueError(f"the {len(places)} samples of step {self.step + 1} have no token to train")
@@ -72,27 +89,13 @@ class SupervisedLearner:
         counts_LE = {
             layer: torch.zeros(len(router.weight), device=self.device) for layer, router in self.routers.items()
         }
-        tokens = 0
-        for group in store.micro_batches(places, config.token_budget):
-            batch = store.batch(group, 1 / trained)
-            tokens += len(batch.ids_T)
-            batch_loss, routing = self._backward(batch.to(self.device))
+        for group in store.micro_batches(places, self.config.token_budget):
+            batch_loss, routing = self._backward(store.batch(group, 1 / trained).to(self.device))
             loss += batch_loss
-            for layer, routed in routing.items():
-                if layer in counts_LE:
-                    counts_LE[layer] += count_experts(routed)
-        norm = torch.nn.utils.clip_grad_norm_(self._masters, config.grad_clip).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"step {self.step + 1}: gradient norm {norm}, loss {loss.item()}; lower lr")
-        lr = self._step()
-        if config.balance_speed:
-            for layer, router in self.routers.items():
-                update_correction_bias(router, counts_LE[layer], config.balance_speed)
-        on_cpu = {layer: counts_E.cpu() for layer, counts_E in counts_LE.items()}
-        return {
-            "loss/train": loss.item(), "optimizer/grad_norm": norm, "optimizer/lr": lr, "data/tokens": float(tokens),
-            "data/trained_tokens": float(trained), "data/samples": float(len(places)),
-        } | load_metrics(on_cpu)  # fmt: skip
+            for layer, counts_E in counts_LE.items():
+                if layer in routing:  # samples may be too short for a prediction module
+                    counts_E += count_experts(routing[layer])
+        return loss, counts_LE
 
     def _backward(self, batch: TokenBatch) -> tuple[Tensor, dict[int, Routing]]:
         """Adds a micro-batch's gradient; its next-token loss and how each layer routed it."""
@@ -121,7 +124,7 @@ class SupervisedLearner:
 
     def _copied(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Weights that have a copy, with it."""
-        return [(w, m) for w, m in zip(self._weights, self._masters, strict=True) if w is not m]
+        return [(w, m) for w, m in zip(self._weights, self.masters, strict=True) if w is not m]
 
     @torch.no_grad()
     def _step(self) -> float:

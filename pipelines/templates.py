@@ -38,6 +38,25 @@ class Template:
         shown = "".join(f"{self.before}{one.question}{self.after}{one.completion}\n\n" for one in examples)
         return f"{self.preamble}{shown}{self.before}{question}{self.after}"
 
+    @property
+    def chat_template(self) -> str:
+        """The same for whole conversations, in Jinja, as tokenizers keep it: a question of the user gives `format`'s
+        text, an answer stands behind it with one space and is closed by end-of-text."""
+        return _CHAT_TEMPLATE.format(preamble=repr(self.preamble), before=repr(self.before), after=repr(self.after))
+
+
+_CHAT_TEMPLATE = (
+    "{{{{- {preamble} }}}}"
+    "{{%- for message in messages %}}"
+    "{{%- if message.role == 'user' %}}{{{{- {before} + message.content }}}}"
+    "{{%- elif message.role == 'assistant' %}}{{{{- {after} }}}}"
+    "{{%- generation %}}{{{{- (' ' if message.content[:1] not in ' \\n' else '') + message.content + eos_token }}}}"
+    "{{%- endgeneration %}}"
+    "{{%- else %}}{{{{- raise_exception('only the roles user and assistant are known, got ' + message.role) }}}}"
+    "{{%- endif %}}"
+    "{{%- endfor %}}"
+    "{{%- if add_generation_prompt %}}{{{{- {after} }}}}{{%- endif %}}"
+)
 
 TEMPLATES = {
     "r1": Template(R1_PREAMBLE, " User: ", " Assistant:"),

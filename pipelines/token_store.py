@@ -52,7 +52,7 @@ class TokenStore:
     """[sequences + 1] int64, index of each sequence's first token, and W."""
 
     @classmethod
-    def of(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> "TokenStore":
+    def of(cls, sequences: Iterable[tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]]) -> "TokenStore":
         """From the ids and the marks of each sequence."""
         pairs = [(np.asarray(ids, np.int32), np.asarray(mask, np.bool_)) for ids, mask in sequences]
         ids, marks = [ids for ids, _ in pairs], [mask for _, mask in pairs]
@@ -60,7 +60,7 @@ class TokenStore:
         return cls._end_to_end(ids, marks)
 
     @classmethod
-    def of_texts(cls, sequences: Iterable[Sequence[int]]) -> "TokenStore":
+    def of_texts(cls, sequences: Iterable[Sequence[int] | np.ndarray]) -> "TokenStore":
         """All tokens of each sequence but its first are trained."""
         ids = [np.asarray(sequence, np.int32) for sequence in sequences]
         return cls._end_to_end(ids, [np.arange(len(part)) > 0 for part in ids])
@@ -76,6 +76,11 @@ class TokenStore:
             starts=np.cumsum([0, *map(len, ids)], dtype=np.int64),
         )
 
+    def part(self, places: Sequence[int]) -> "TokenStore":
+        """These sequences alone."""
+        spans = [self._span(place) for place in places]
+        return self._end_to_end([self.ids_W[span] for span in spans], [self.trained_W[span] for span in spans])
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
@@ -87,6 +92,10 @@ class TokenStore:
     @property
     def num_trained(self) -> int:
         return int(self.trained_W.sum())
+
+    def tokens_in(self, places: Sequence[int]) -> int:
+        """Tokens of these sequences."""
+        return int((self.starts[np.add(places, 1)] - self.starts[places]).sum())
 
     def trained_in(self, places: Iterable[int]) -> int:
         """Trained tokens of these sequences."""

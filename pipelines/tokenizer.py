@@ -8,11 +8,13 @@ and is never merged with its neighbour, so frequent words end up as single token
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|end|>"
 PADDING = "<|pad|>"
+_ENCODED_AT_ONCE = 20_000
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -51,3 +53,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Sequence[str
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PADDING, clean_up_tokenization_spaces=False
     )
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """[tokens] int32 for each text, without special tokens; on all cores, unless TOKENIZERS_PARALLELISM forbids it."""
+    encoded: list[np.ndarray] = []
+    for start in range(0, len(texts), _ENCODED_AT_ONCE):
+        part = list(texts[start : start + _ENCODED_AT_ONCE])
+        batch = tokenizer(part, add_special_tokens=False, return_attention_mask=False)
+        encoded += [np.array(ids, np.int32) for ids in batch["input_ids"]]
+    return encoded

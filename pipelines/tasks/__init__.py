@@ -8,7 +8,19 @@ question = task.question(row)
 from pathlib import Path
 
 from pipelines.tasks import (
-    aime, amc, codeforces, countdown, countdown_mini, dapo, gsm8k, humaneval, ledger, leetcode, math, mbpp, variables,
+    aime,
+    amc,
+    codeforces,
+    countdown,
+    countdown_mini,
+    dapo,
+    gsm8k,
+    humaneval,
+    ledger,
+    leetcode,
+    math,
+    mbpp,
+    variables,
 )  # fmt: skip
 from pipelines.tasks.base import Row, Task
 from pipelines.templates import Example

@@ -103,22 +103,24 @@ def test_pretraining_is_deterministic_and_balancing_can_be_turned_off(
 
 
 def test_the_pretraining_folder_says_how_it_was_made(base: Path, base_config: PretrainConfig) -> None:
-    names = {"config.json", "model.safetensors", "pretrain.json", "tokenizer.json", "tokenizer_config.json"}
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in base.iterdir()} == names
-    assert read_config(PretrainConfig, base / "pretrain.json", default=pretrain_ledger()) == base_config
+    assert read_config(PretrainConfig, base.parent / "config.json", default=pretrain_ledger()) == base_config
+    losses = [row["loss/train"] for row in read_metrics(base.parent)]
+    assert len(losses) == PRETRAIN_STEPS and losses[-1] < 3.0 < losses[0]
 
 
 def test_pretrain_command(corpus: Path, tmp_path: Path) -> None:
     with (tmp_path / "rows.jsonl").open("w") as file:
         file.write(corpus.read_text() + '{"text": ""}\n{"txt": "x"}\n')
     arguments = ("pretrain", "ledger", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "deep" / "base")
-    done = grpo(*arguments, "--steps", 2, "--documents-per-step", 16, "--num-threads", 1)
+    done = grpo(*arguments, "--steps", 2, "--samples-per-step", 16, "--num-threads", 1)
     assert done.status == 0, done.err
     said = " ".join(done.out.split())
     assert f"line {NUM_DOCUMENTS + 1}: field 'text' is missing or empty" in said
     assert f"2 of {NUM_DOCUMENTS + 2} rows are malformed" in said
     assert f"{NUM_DOCUMENTS:,} documents" in said and "8 routed experts a layer" in said
-    assert load_pretrained(tmp_path / "deep" / "base").config.n_routed_experts == 8
+    assert load_pretrained(tmp_path / "deep" / "base" / "model").config.n_routed_experts == 8
 
 
 def test_pretraining_does_not_replace_a_folder_that_is_there(corpus: Path, tmp_path: Path) -> None:

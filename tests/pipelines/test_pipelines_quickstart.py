@@ -97,7 +97,7 @@ def test_the_summary_has_the_numbers_on_disk(out: Path, summary: dict[str, Any])
 
 
 def test_models_and_data_are_left_behind(out: Path, outcome: Outcome) -> None:
-    for folder in ("base", "zero/model"):
+    for folder in ("base/model", "zero/model"):
         assert load_pretrained(out / folder).config.n_routed_experts > 1
     questions = {
         name: [json.loads(line)["question"] for line in (out / "data" / f"{name}.jsonl").read_text().splitlines()]
