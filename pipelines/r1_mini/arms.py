@@ -179,7 +179,7 @@ def student_base(architecture: DeepseekV3Config, num_documents: int, job: Job) -
 
 
 def student_zero(start: str, job: Job) -> dict[str, Any]:
-    model = reinforce(job.loop("ledger", job.effort.student_zero_steps, 1e-3), job.root / start / "model", job.folder)
+    model = reinforce(job.loop("ledger", job.effort.student_zero_steps, 3e-4), job.root / start / "model", job.folder)
     return {"curve": curve(job.folder, "ledger"), "sampled": job.measure("ledger", model)}
 
 
