@@ -142,7 +142,10 @@ def cost_table(results: Results, threshold: float = 0.9) -> str:
     for title, arm in (("RL from base", "ledger/zero"), ("RL after a cold start", "ledger/cold-zero")):
         curves = [result["curve"]["accuracy"] for result in results.get(arm, {}).values()]
         rows.append([title, f"{_plain([steps_to(points, threshold) for points in curves])} steps"])
-    sft = [result["points"] for result in results.get("student/by-tokens", {}).values()]
+    sft = []
+    for seed, result in results.get("student/by-tokens", {}).items():
+        whole = [arms[seed] for name, arms in results.items() if name == result["whole"] and seed in arms]
+        sft.append([*result["points"], *((arm["tokens"], arm["sampled"]["accuracy"]) for arm in whole)])
     rows.append(["student, SFT on traces", _thousands([tokens_to(points, threshold) for points in sft])])
     own = []
     for result in results.get("student/on-policy", {}).values():

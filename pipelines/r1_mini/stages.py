@@ -117,18 +117,16 @@ def new_tokenizer(pairs: Sequence[Pair]) -> PreTrainedTokenizerBase:
     return train_tokenizer([prompt + completion for prompt, completion in pairs[:5000]], VOCABULARY, [R1_PREAMBLE])
 
 
-def supervise(
-    model: Path, pairs: Sequence[Pair], out: Path, *, epochs: float, lr: float, seed: int, constant: bool = False
-) -> int:
-    """SFT; the tokens read, prompts included."""
+def supervise(model: Path, pairs: Sequence[Pair], out: Path, *, epochs: float, lr: float, seed: int) -> int:
+    """SFT; the tokens trained on, each as often as it was."""
     tokenizer, policy = load_tokenizer(str(model)), from_pretrained(model)
     config = SupervisedConfig(
-        epochs=epochs, samples_per_step=min(64, len(pairs)), lr=lr, lr_decay="constant" if constant else "cosine",
-        seed=seed, device="cpu",
+        epochs=epochs, samples_per_step=min(64, len(pairs)), lr=lr, seed=seed, device="cpu",
     )  # fmt: skip
-    result = train_supervised(policy, training_samples(pairs, tokenizer), config, title="SFT")
+    samples = training_samples(pairs, tokenizer)
+    train_supervised(policy, samples, config, title="SFT")
     save(policy, tokenizer, out)
-    return result.tokens
+    return round(epochs * sum(sample.num_trained for sample in samples))
 
 
 @dataclass(frozen=True, kw_only=True)
