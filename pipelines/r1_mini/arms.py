@@ -196,7 +196,7 @@ def student_distilled(start: str, job: Job) -> dict[str, Any]:
 
 
 def student_traces_by_tokens(start: str, job: Job) -> dict[str, Any]:
-    """Accuracy by trained tokens: SFT runs of an eighth, a quarter and half of the length, each with its own schedule."""
+    """Accuracy by trained tokens: SFT of an eighth, a quarter and half of the length, each with its own schedule."""
     pairs, points = read_json_rows(job.root / "traces/traces.jsonl"), []
     for part in (8, 4, 2):
         out, epochs = job.folder / f"part-{part}", job.effort.student_epochs / part
