@@ -76,6 +76,11 @@ class Arm:
     needs: tuple[str, ...] = ()
 
 
+def votes(task: str, model: Path, job: Job) -> dict[str, Any]:
+    """Majority voting; of countdown there is none, where each expression is an answer of its own."""
+    return {} if task == "countdown-mini" else {"votes": job.measure(task, model, count=job.effort.votes)}
+
+
 def base(task: str, job: Job) -> dict[str, Any]:
     """The task's data and base model: problems that are held out are nowhere else."""
     effort, settings = job.effort, job.effort.tasks[task]
@@ -94,8 +99,7 @@ def base(task: str, job: Job) -> dict[str, Any]:
         "sampled": job.measure(task, model),
         "greedy": job.measure(task, model, temperature=0.0),
         "no_thought": job.measure(task, model, prefill=NO_THOUGHT),
-        "votes": job.measure(task, model, count=effort.votes),
-    }
+    } | votes(task, model, job)
 
 
 def zero(task: str, start: str, reward: tuple[str, ...], job: Job) -> dict[str, Any]:
@@ -108,8 +112,7 @@ def zero(task: str, start: str, reward: tuple[str, ...], job: Job) -> dict[str, 
         "sampled": job.measure(task, model),
         "greedy": job.measure(task, model, temperature=0.0),
         "no_thought": job.measure(task, model, prefill=NO_THOUGHT),
-        "votes": job.measure(task, model, count=job.effort.votes),
-    }
+    } | votes(task, model, job)
 
 
 def demonstration(task: str, row: Row, rng: random.Random) -> Pair:
@@ -246,7 +249,8 @@ def arms(effort: Effort = FULL) -> dict[str, Arm]:
         start = f"student/{name}"
         table[start] = Arm(run=partial(student_base, architecture, count), needs=("ledger/base",))
         table[f"{start}-zero"] = Arm(run=partial(student_zero, start), needs=(start,))
-        table[f"{start}-distilled"] = Arm(run=partial(student_distilled, start), needs=(start, "traces"))
+        if name in ("moe", "small", f"dense-{effort.student_documents[0]}"):
+            table[f"{start}-distilled"] = Arm(run=partial(student_distilled, start), needs=(start, "traces"))
     first = f"student/dense-{effort.student_documents[0]}"
     table["student/by-tokens"] = Arm(run=partial(student_traces_by_tokens, first), needs=(first, "traces"))
     table["student/on-policy"] = Arm(run=partial(student_on_policy, first), needs=(first, "traces"))

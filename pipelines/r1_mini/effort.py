@@ -58,12 +58,12 @@ class Effort:
     """Completions of a problem for majority voting."""
     cold_start: int = 128
     """Demonstrations of the cold start."""
-    student_documents: tuple[int, ...] = (12_800, 25_600, 51_200, 102_400)
+    student_documents: tuple[int, ...] = (12_800, 38_400, 102_400)
     """Corpus of each of the students, which differ in nothing else."""
     student_width: int = 32
     small_width: int = 8
     """Of the student that is too small."""
-    student_zero_steps: int = 150
+    student_zero_steps: int = 120
     student_epochs: int = 4
     """Passes over the teacher's traces."""
     num_traces: int = 20_480
@@ -74,7 +74,7 @@ class Effort:
 FULL = Effort(
     tasks={
         "ledger": TaskEffort(architecture=TEACHER, documents=89_600, lr=4e-3, zero_steps=100, zero_lr=3e-4),
-        "countdown-mini": TaskEffort(architecture=WIDE, documents=76_800, lr=4e-3, zero_steps=100, zero_lr=3e-4),
+        "countdown-mini": TaskEffort(architecture=WIDE, documents=76_800, lr=4e-3, zero_steps=80, zero_lr=3e-4),
         "variables": TaskEffort(architecture=WIDE, documents=115_200, lr=3e-3, zero_steps=100, zero_lr=3e-4),
     }
 )

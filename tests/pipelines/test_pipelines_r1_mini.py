@@ -44,7 +44,7 @@ def test_every_arm_leaves_its_numbers(toy: Path) -> None:
     report = (toy / "report.md").read_text()
     for line in ("ledger: RL from base", "control: SFT on own right samples", "| small |", "variables/zero", "never"):
         assert line in report
-    assert "not run" not in report
+    assert report.count("not run") == 1, "the distillation of dense-256, which is there for RL's boundary alone"
     assert (toy / "countdown-mini-zero-thinking.svg").read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
 
 
