@@ -57,7 +57,7 @@ class Effort:
     votes: int = 16
     """Completions of a problem for majority voting."""
     cold_start: int = 128
-    """Demonstrations of the cold start."""
+    """Demonstrations of the cold start before RL."""
     student_documents: tuple[int, ...] = (12_800, 38_400, 102_400)
     """Corpus of each of the students, which differ in nothing else."""
     student_width: int = 32
@@ -68,7 +68,7 @@ class Effort:
     """Passes over the teacher's traces."""
     num_traces: int = 20_480
     """Sampled from the teacher, the right ones are kept."""
-    on_policy_steps: int = 150
+    on_policy_steps: int = 100
 
 
 FULL = Effort(
