@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := grpo models pipelines rewards rollout
 
-.PHONY: setup quickstart test check lint type layers loc clean
+.PHONY: setup quickstart r1-mini test check lint type layers loc clean
 
 setup: .venv/.stamp ## .venv from the pinned set, again whenever the set changes
 
@@ -13,6 +13,9 @@ setup: .venv/.stamp ## .venv from the pinned set, again whenever the set changes
 
 quickstart: setup ## the tour: train a tiny model until it solves its task
 	$(BIN)/grpo quickstart
+
+r1-mini: setup ## the claims of the R1 paper in miniature, three seeds, two processes
+	$(BIN)/grpo r1-mini
 
 test: setup ## CPU, offline; two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

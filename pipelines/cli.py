@@ -1,6 +1,7 @@
 """The command `grpo`: chooses a recipe, applies a config file and flags, and turns user errors into one line.
 
     grpo quickstart
+    grpo r1-mini [--out DIR]
     grpo pretrain [RECIPE] [--config FILE.yaml] [--data ...] [--out ...]
     grpo sft [RECIPE] [--model DIR] [--data ...] [--out ...] [--resume]
     grpo zero [RECIPE] [--config FILE.yaml] [--trainer.steps 50] [--resume]
@@ -67,11 +68,13 @@ def _commands() -> dict[str, Command]:
     from pipelines.evaluation.compare import CompareConfig
     from pipelines.model_info import ModelInfoConfig, run_model_info
     from pipelines.quickstart import QuickstartConfig, run_quickstart
+    from pipelines.r1_mini.run import MiniConfig, run_r1_mini
     from pipelines.replay import ReplayConfig, run_replay
 
     return {
         "quickstart": Command(config=QuickstartConfig, recipes={"ledger": QuickstartConfig}, run=run_quickstart),
         **_stages(),
+        "r1-mini": Command(config=MiniConfig, recipes={"default": MiniConfig}, run=run_r1_mini),
         "replay": Command(config=ReplayConfig, recipes={"run": ReplayConfig}, run=run_replay),
         "eval": Command(config=EvalConfig, recipes={"default": EvalConfig, "compare": CompareConfig}, run=run_eval),
         "decontaminate": Command(

@@ -42,6 +42,8 @@ TASKS = {
         amc.TASK,
         dapo.TASK,
         countdown.TASK,
+        countdown_mini.TASK,
+        variables.TASK,
         humaneval.TASK,
         humaneval.PLUS,
         humaneval.COMPLETE,

@@ -1,14 +1,15 @@
 """Countdown in miniature: search, verify, retry. Make a target from three numbers, each used once.
 
-An expression is read strictly from left to right, as on a pocket calculator: `7 -3 x5` is 20. Numbers are at most 12
-and no result, on the way either, is below 0 or above 60. A thought is a row of attempts, each worked out and judged:
+An expression is read strictly from left to right, as on a pocket calculator: `7 -3 x5` is 20. Numbers are at most 9
+and no result, on the way either, is below 0 or above 30. A thought is a row of attempts, each worked out, held against
+the target and judged:
 
-    <think> 7 x3 21 +5 26 no 7 -3 4 x5 20 yes </think> <answer> 7 -3 x5 </answer>
+    <think> 7 x3 21 +5 26 20 no 7 -3 4 x5 20 20 yes </think> <answer> 7 -3 x5 </answer>
 
-One random attempt in eleven hits the target, so accuracy is bought with attempts, and guessing does not pay.
+One random attempt in ten hits the target, so accuracy is bought with attempts, and guessing does not pay.
 
     row = make_row(random.Random(0))      # {"question": ..., "numbers": [7, 3, 5], "target": 20}
-    text = document(row, attempts)        # a demonstration, of random attempts
+    text = completion(row, ["7 -3 x5"], "7 -3 x5")
 """
 
 import random
@@ -20,11 +21,11 @@ from typing import Any
 
 from pipelines.tasks.base import Task
 from pipelines.templates import TEMPLATES
-from rewards import Sample, Score, reward
+from rewards import Sample, Score, register, reward
 
 MAX_NUMBER, MAX_RESULT = 9, 30
 MAX_ATTEMPTS = 20
-"""Most attempts in a demonstration; who tries as many of the thirty there are, in random order, solves four of five."""
+"""Most attempts in a demonstration; there are about 28, and who tries twenty at random solves four problems of five."""
 _EXPRESSION = re.compile(r"\d{1,3}(?: [-+x]\d{1,3}){1,9}")
 _ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
 
@@ -76,7 +77,7 @@ def problem(row: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
 
 
 def make_rows(count: int, seed: int, exclude: frozenset[Any] = frozenset()) -> list[dict[str, Any]]:
-    """`count` rows whose problems are not in `exclude`. There are 2,423 problems: many rows repeat some of them."""
+    """`count` rows whose problems are not in `exclude`. There are 818 problems, so rows repeat."""
     rng = random.Random(f"countdown-mini {seed}")
     rows: list[dict[str, Any]] = []
     while len(rows) < count:
@@ -86,15 +87,21 @@ def make_rows(count: int, seed: int, exclude: frozenset[Any] = frozenset()) -> l
     return rows
 
 
+def work(expression: str, target: int) -> list[str]:
+    """The words of one attempt: the expression with its results, then the target, and whether it is hit."""
+    first, *rest = expression.split()
+    results = evaluate(expression) or []
+    words = [word for pair in zip(rest, map(str, results[1:]), strict=True) for word in pair]
+    return [first, *words, str(target), "yes" if results[-1] == target else "no"]
+
+
+def used_numbers(expression: str) -> list[int]:
+    return sorted(int(word.lstrip("+-x")) for word in expression.split())
+
+
 def completion(row: Mapping[str, Any], attempts: Sequence[str], answer: str) -> str:
     """A demonstration that works out and judges the attempts, then answers; right only if the answer is."""
-    words = []
-    for attempt in attempts:
-        first, *rest = attempt.split()
-        results = evaluate(attempt) or []
-        words += [first, *(f"{word} {result}" for word, result in zip(rest, results[1:], strict=True))]
-        words += [str(row["target"]), "yes" if results[-1] == row["target"] else "no"]
-    thinking = "".join(f" {word}" for word in words)
+    thinking = "".join(f" {word}" for attempt in attempts for word in work(attempt, row["target"]))
     return f" <think>{thinking} </think> <answer> {answer} </answer>"
 
 
@@ -120,7 +127,7 @@ def documents(
 ) -> Iterator[str]:
     """The pretraining text: most documents give up early and answer with their last attempt, few go on to the end.
 
-    Of those that give up, `share_insight` end with an attempt that hits: from random attempts alone, one in eleven, a
+    Of those that give up, `share_insight` end with an attempt that hits: from random attempts alone, one in ten, a
     small model hardly learns to tell a hit.
     """
     for row in rows:
@@ -141,14 +148,31 @@ def documents(
         yield TEMPLATES["r1"].format(row["question"]) + completion(row, attempts, attempts[-1])
 
 
+def is_true_thought(words: Sequence[str], row: Mapping[str, Any]) -> bool:
+    """Whether the words are attempts, at least one, each with the row's numbers, rightly worked out and judged."""
+    size = 2 * len(row["numbers"]) + 1
+    attempts = [list(words[start : start + size]) for start in range(0, len(words), size)]
+    expressions = [" ".join([*attempt[:1], *attempt[1:-2:2]]) for attempt in attempts]
+    return bool(attempts) and all(
+        evaluate(expression) is not None
+        and used_numbers(expression) == sorted(row["numbers"])
+        and attempt == work(expression, row["target"])
+        for attempt, expression in zip(attempts, expressions, strict=True)
+    )
+
+
+@register
 @reward
 def countdown_answer(sample: Sample) -> Score:
     """1 where the answer uses each of the row's `numbers` once and makes its `target`, else 0. Counts the attempts."""
     found = _ANSWER.search(sample.answer_part)
     expression = " ".join(found[1].split()) if found else ""
     results = evaluate(expression)
-    used = sorted(int(word.lstrip("+-x")) for word in expression.split()) if results else []
-    correct = results is not None and used == sorted(sample.row["numbers"]) and results[-1] == sample.row["target"]
+    correct = (
+        results is not None
+        and used_numbers(expression) == sorted(sample.row["numbers"])
+        and results[-1] == sample.row["target"]
+    )
     attempts = sum(word in ("yes", "no") for word in sample.thinking.split())
     return Score(
         value=float(correct),
@@ -161,6 +185,7 @@ TASK = Task(
     name="countdown-mini",
     question=lambda row: row["question"],
     check=check_row,
+    gold=lambda row: solutions(row)[0],
     rewards=(f"{__file__}:countdown_answer", "0.1*r1_format", "0*thinking_length"),
     accuracy="countdown_answer",
     max_tokens=152,

@@ -21,12 +21,13 @@ from pipelines.templates import TEMPLATES
 
 MODULUS = 11
 GUESSING_FLOOR = 1 / MODULUS
-NAMES = "abcdefghijkl"
-MAX_DEPTH = 8
-MAX_SHOWN_DEPTH = 4
+NAMES = "abcdefghi"
+MAX_DEPTH = 6
+MAX_SHOWN_DEPTH = 3
 """Deepest problems that the base sees worked out; it sees the bare answers of deeper ones."""
-TRAINING_DEPTHS = range(3, 9)
+TRAINING_DEPTHS = range(2, 6)
 """Of the problems for RL."""
+CORPUS_DEPTHS = (1, 2, 3, 1, 2, 3, 1, 2, 3, 4, 5, 6)
 # 11 is prime, so every operation can be undone, and the answer depends on each step.
 OPERATIONS = (*(f"{sign}{number}" for sign in "+-" for number in range(1, MODULUS)), *(f"x{n}" for n in range(2, 11)))
 
@@ -47,7 +48,7 @@ def check_row(row: dict[str, Any]) -> str | None:
 
 def make_row(rng: random.Random, depth: int) -> dict[str, Any]:
     """A random problem: `chain` are the variables from the given one to what is asked, `values` theirs."""
-    names = rng.sample(NAMES, depth + 1 + rng.choice((0, 2, 3)))
+    names = rng.sample(NAMES, depth + 1 + rng.choice((0, 2)))
     chain, others = names[: depth + 1], names[depth + 1 :]
     values, operations = [rng.randrange(MODULUS)], [rng.choice(OPERATIONS) for _ in range(depth)]
     for operation in operations:
@@ -88,7 +89,7 @@ def document(row: Mapping[str, Any], shown: int) -> str:
 
 
 def documents(
-    rows: list[dict[str, Any]], rng: random.Random, *, share_partial: float = 0.2, share_full: float = 0.12
+    rows: list[dict[str, Any]], rng: random.Random, *, share_partial: float = 0.4, share_full: float = 0.3
 ) -> Iterator[str]:
     """The pretraining text: most documents answer at once, and those deeper than `MAX_SHOWN_DEPTH` all do."""
     for row in rows:
@@ -106,6 +107,6 @@ TASK = Task(
     gold=lambda row: row["answer"],
     rewards=("math_answer", "0.1*r1_format", "0*thinking_length"),
     accuracy="math_answer",
-    max_tokens=48,
+    max_tokens=32,
     make_rows=make_rows,
 )
