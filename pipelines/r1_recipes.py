@@ -44,7 +44,7 @@ def tiny() -> R1Config:
         cold_start=replace(tuned, steps=110, lr=3e-3),
         reasoning=reasoning,
         sampling=SampleConfig(
-            model="", task="ledger", num_prompts=1_200, completions=4, max_tokens=24, engine=engine
+            model="", task="ledger", num_prompts=2_400, completions=2, max_tokens=24, engine=engine
         ),
         mixture=replace(tuned, epochs=4, lr=3e-3),
         scenarios=scenarios,
