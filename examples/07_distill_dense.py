@@ -19,6 +19,7 @@ from grpo.metrics import read_metrics
 from grpo.trainer import TrainerConfig
 from pipelines.distill import OnPolicyConfig, TracesConfig, run_distill
 from pipelines.sample import SampleConfig
+from pipelines.selection import SelectConfig
 from pipelines.sft import SFTConfig
 from rollout.engine import EngineConfig
 
@@ -41,8 +42,8 @@ def from_traces(teacher: str, out: Path) -> Path:
     config = TracesConfig(
         student=write_sizes(out / "sizes"), teacher=teacher, out=str(out / "traces"),
         sample=SampleConfig(
-            model="", out="", task=TASK, num_prompts=NUM_PROMPTS, max_tokens=MAX_TOKENS, min_reward=-1e9,
-            engine=TEACHERS,
+            model="", out="", task=TASK, num_prompts=NUM_PROMPTS, max_tokens=MAX_TOKENS,
+            select=SelectConfig(correct=False, truncated=True), engine=TEACHERS,
         ),
         sft=SFTConfig(data="", out="", steps=60, samples_per_step=32, lr=3e-3),
     )  # fmt: skip

@@ -165,7 +165,7 @@ def test_traces_that_the_teacher_writes_now(base: Path, tmp_path: Path) -> None:
     """Into a student of random weights; what is kept comes from the teacher, in its tokenizer."""
     flags = (
         "--student", "tiny", "--teacher", base, "--sample.task", "ledger", "--sample.num-prompts", 20,
-        "--sample.max-tokens", 24, "--sample.completions-per-prompt", 4, "--sample.min-reward", -100,
+        "--sample.max-tokens", 24, "--sample.completions", 4, "--sample.select.no-correct", "--sample.select.truncated",
         "--sample.engine.kind", "native", "--sample.engine.transport", "local", "--sample.engine.max-model-len", 512,
     )  # fmt: skip
     done = distill_traces(tmp_path / "run", *flags)

@@ -61,7 +61,7 @@ def model(rows: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) 
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 40))
     config = replace(
         pretrain_ledger(), data=str(folder / "corpus.jsonl"), out=str(folder / "model"), steps=120,
-        documents_per_step=48, warmup_steps=5, num_threads=1,
+        samples_per_step=48, warmup_steps=5, num_threads=1,
     )  # fmt: skip
     return run_pretrain(config)
 

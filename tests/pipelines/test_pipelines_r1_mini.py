@@ -39,7 +39,7 @@ def test_every_arm_leaves_its_numbers(toy: Path) -> None:
     found = json.loads((toy / "results.json").read_text())
     assert set(found) == set(arms(TOY)), "all arms, by name"
     for name, seeds in found.items():
-        assert seeds["0"]["cpu_seconds"] > 0, name
+        assert seeds["0"]["cpu_seconds"] >= 0, name
     assert found["ledger/zero"]["0"]["curve"]["accuracy"] and len(found["ledger/zero"]["0"]["curve"]["tokens"]) == 2
     report = (toy / "report.md").read_text()
     for line in ("ledger: RL from base", "control: SFT on own right samples", "| small |", "variables/zero", "never"):
