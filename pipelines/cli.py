@@ -216,10 +216,11 @@ def _description(command: Command, config: Any) -> str:
 
 
 def _first_message(box: str) -> str:
-    """The first paragraph inside the box that tyro draws around an error, as one line."""
+    """The first paragraph of the error that tyro draws, as one line. It stands in a box under its title, or, where the
+    output's encoding has no such characters, below the title and a line of hyphens."""
     lines = [line.strip(" \u2502") for line in box.splitlines()]
-    inside = [line for line in lines if not line.startswith("\u256d")]
-    paragraph = itertools.takewhile(lambda line: line and line[0] not in "\u2500\u2570", inside)
+    inside = lines[1:] if lines and lines[0].startswith("\u256d") else lines[2:]
+    paragraph = itertools.takewhile(lambda line: line.strip("-\u2500\u2570\u256f"), inside)
     return " ".join(paragraph)
 
 
