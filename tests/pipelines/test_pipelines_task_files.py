@@ -53,7 +53,7 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, content: str | None, mess
     if content is not None:
         path.write_text(content)
     error = grpo("eval", "--model", "m", "--task", path).one_line_error()
-    assert message in error and str(path) in error
+    assert message in error and path.name in error  # a long path may be broken at the 80th column
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.examples and task.accuracy != "code"])
