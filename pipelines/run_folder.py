@@ -19,10 +19,18 @@ def open_run_folder(config: Any, out: Path, free: Sequence[str] = ("out", "resum
         out.mkdir(parents=True, exist_ok=True)
         write_config(config, saved)
         return
+    check_resumed(config, out, free)
+
+
+def check_resumed(config: Any, out: Path, free: Sequence[str]) -> None:
+    """Raises FileNotFoundError where there is no run to resume, ValueError if it was started with another configuration
+    but for the fields `free`; `mesh.` stands for all fields of a section."""
+    saved = out / "config.json"
     if not saved.exists():
         raise FileNotFoundError(f"{out} holds no run to resume (no config.json); start it without --resume")
     started, asked = flat_fields(read_config(type(config), saved, default=config)), flat_fields(config)
-    changed = [name for name in asked if name not in free and asked[name] != started[name]]
+    sections = tuple(name for name in free if name.endswith("."))
+    changed = [n for n in asked if n not in free and not n.startswith(sections) and asked[n] != started[n]]
     if changed:
         raise ValueError(
             f"{out} was started with another {', '.join(changed)}; resume it with the configuration in {saved}"

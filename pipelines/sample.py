@@ -22,10 +22,11 @@ from statistics import fmean
 from typing import Any
 
 from grpo.samples import score_groups
-from pipelines.config import flat_fields, read_config, write_config
+from pipelines.config import write_config
 from pipelines.console import console, progress_bar
 from pipelines.overlap import Overlap, evaluation_texts
 from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
+from pipelines.run_folder import check_resumed
 from pipelines.selection import SelectConfig, Selection, select
 from pipelines.tasks import Task, get_task
 from pipelines.templates import check_template
@@ -160,14 +161,7 @@ def open_folder(config: SampleConfig, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_config(config, saved)
         return
-    if not saved.exists():
-        raise FileNotFoundError(f"{out} holds no run to resume (no config.json); start it without --resume")
-    started, asked = flat_fields(read_config(SampleConfig, saved, default=config)), flat_fields(config)
-    changed = [name for name in asked if not name.startswith(_FREE_TO_CHANGE) and asked[name] != started[name]]
-    if changed:
-        raise ValueError(
-            f"{out} was started with another {', '.join(changed)}; resume it with the configuration in {saved}"
-        )
+    check_resumed(config, out, _FREE_TO_CHANGE)
     write_config(config, saved)
 
 

@@ -32,10 +32,11 @@ from models.auto import checkpoint_layers
 from models.checkpoint import replace_folder, tensor_shapes
 from models.lora import add_lora
 from models.parallel import ALONE, join, leave
-from pipelines.config import flat_fields, read_config, write_config
+from pipelines.config import write_config
 from pipelines.console import console, progress_bar
 from pipelines.mixture import MixedSource, TaskRubric
 from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
+from pipelines.run_folder import check_resumed
 from pipelines.zero_config import ZeroConfig
 from rewards import Rubric
 from rollout.pool import EnginePool, build_pool
@@ -96,16 +97,7 @@ def open_run_folder(config: ZeroConfig, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_config(config, saved)
         return
-    if not saved.exists():
-        raise FileNotFoundError(f"{out} holds no run to resume (no config.json); start it without --resume")
-    started = flat_fields(read_config(type(config), saved, default=config))
-    asked = flat_fields(config)
-    free = ("out", "resume", *(name for name in asked if name.startswith("mesh.")))
-    changed = [name for name in asked if name not in free and asked[name] != started[name]]
-    if changed:
-        raise ValueError(
-            f"{out} was started with another {', '.join(changed)}; resume it with the configuration in {saved}"
-        )
+    check_resumed(config, out, free=("out", "resume", "mesh."))
 
 
 def run_zero(config: ZeroConfig, pool: EnginePool | None = None) -> Path:
