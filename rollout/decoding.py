@@ -138,7 +138,7 @@ def _just_below(sums: Tensor) -> Tensor:
     return sums * (1 - 2**-52)
 
 
-def uniforms(seeds: Sequence[int], places: Sequence[int], count: int) -> Tensor:
+def uniforms(seeds: Sequence[int] | np.ndarray, places: Sequence[int] | np.ndarray, count: int) -> Tensor:
     """[B, count] numbers from [0, 1), float64, that depend on each row's seed and place alone.
 
     A counter in place of a generator's state: row b is drawn from stream `seeds[b]` for token `places[b]` of its

