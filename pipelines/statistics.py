@@ -43,13 +43,13 @@ def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
 
 
 def clustered_error(values: Sequence[float]) -> float:
-    """Standard error of the mean of one value per problem, sqrt(sum (v - mean)^2 / (N (N - 1))); 0 for one problem.
+    """Standard error of the mean of one value per problem, sqrt(sum (v - mean)^2 / (N (N - 1))); 0 for one.
 
     With v the share of right completions this is the cluster-robust error of all completions' mean, for equally many
     completions per problem.
     """
     count = len(values)
-    if count < 2:
+    if count < 2 or min(values) == max(values):  # of equal ones the mean may be off by a rounding
         return 0.0
     mean = fmean(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (count * (count - 1)))
