@@ -1,8 +1,8 @@
 """Statistics of evaluations: shares with honest intervals, pass@k, and the comparison of two models on one set.
 
 What is uncertain is which problems happened to be in the data set, and what was sampled. Completions of one problem are
-not independent, so problems, not completions, are the sample everywhere (clustered standard errors, arXiv:2411.00640
-section 2.2). All intervals are of 95%.
+not independent, so problems, not completions, are the sample everywhere (clustered standard errors,
+arXiv:2411.00640). All intervals are of 95%.
 
     estimate = mean_estimate([0.25, 1.0, 0.5])      # one share per problem
     pass_at_k(num_samples=64, num_right=3, k=8)
