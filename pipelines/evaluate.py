@@ -79,9 +79,10 @@ def run_eval(config: EvalConfig | CompareConfig) -> EvalResult | None:
     log = open_folder(config, NOT_DECIDING, weights=weights, prompts=problems.prompts)
     if config.retry_failed:
         console.print(f"{log.drop_failed()} failed completions are sampled again")
-    missing = len(problems.fitting) * config.num_samples - len(log.drawn)
+    wanted = {(prompt.id, index) for prompt in problems.fitting for index in range(config.num_samples)}
+    missing = len(wanted - log.drawn.keys())
     console.print(f"{len(problems.prompts)} problems of {task.name}; {missing} completions to sample", soft_wrap=True)
-    seconds, new_tokens = _sample_missing(config, problems, log) if missing else (0.0, 0)
+    seconds, new_tokens = _sample_missing(config, problems, log, missing) if missing else (0.0, 0)
     needed = f"more than {problems.room} tokens: {config.tokens_per_completion} are wanted behind the prompt"
     drawn = log.drawn | {
         one.key: one for prompt in problems.too_long for one in no_room(prompt.id, config.num_samples, needed)
@@ -101,12 +102,13 @@ def _task_and_rubric(config: EvalConfig) -> tuple[Task, Rubric]:
     return task, rubric
 
 
-def _sample_missing(config: EvalConfig, problems: Problems, log: SampleLog) -> tuple[float, int]:
+def _sample_missing(config: EvalConfig, problems: Problems, log: SampleLog, missing: int) -> tuple[float, int]:
     """Samples into the log; seconds without the engines' start, and tokens."""
     tokens = failed = 0
-    with _sampler(config) as sample, progress_bar("sampling", len(problems.fitting) * config.num_samples) as bar:
-        if log.drawn:
-            bar.advance("resumed", steps=len(log.drawn))
+    total = len(problems.fitting) * config.num_samples
+    with _sampler(config) as sample, progress_bar("sampling", total) as bar:
+        if missing < total:
+            bar.advance("resumed", steps=total - missing)
         started = time.perf_counter()
         for one in sample(problems.fitting, log):
             log.append([one])

@@ -3,7 +3,7 @@
 Words are runs of letters and digits, lower case; a Chinese character or kana is a word. A text is contaminated by an
 evaluation text if they share `ngram` words in a row, 13 in GPT-3 (arXiv:2005.14165, appendix C), or if one of its
 questions consists of the same words. Passages of more than `max_shared` evaluation texts are form, not content, and do
-not count (GPT-3: 10).
+not count (GPT-3: 10); a text that stands there several times, as problems repeated for avg@k do, is one.
 
     overlap = Overlap(evaluation_texts(["gsm8k/test.jsonl"], split="test"), ngram=13)
     match = overlap.find(["Janet's ducks lay 16 eggs ..."], questions=["Janet's ..."])
@@ -88,12 +88,17 @@ class Overlap:
         rows_of_hash: dict[int, list[int]] = defaultdict(list)
         self._words = [words_of(one.text) for one in self._texts]
         rows: dict[str, int] = {}
+        seen: set[tuple[str, ...]] = set()
         for index, (one, words) in enumerate(zip(self._texts, self._words, strict=True)):
             row = rows.setdefault(one.where, len(rows))
             for word in words:
                 self._numbers.setdefault(word, len(self._numbers) + 1)
+            text = tuple(words)
             if one.is_question and words:
-                self._whole.setdefault(tuple(words), index)
+                self._whole.setdefault(text, index)
+            if text in seen:
+                continue
+            seen.add(text)
             for value in set(self._hashes(words)[1].tolist()):
                 rows_of_hash[value].append(row << 32 | index)
         kept = {h: [i & 0xFFFFFFFF for i in found] for h, found in rows_of_hash.items()

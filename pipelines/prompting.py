@@ -18,6 +18,8 @@ from rollout.sample import Prompt
 _PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Of a tokenizer that is what its tokenizer.json says, with nothing added by a class."""
 
+_OTHER_SPLITS = 1 << 31
+
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Raises FileNotFoundError where the folder has no tokenizer, ValueError where it names no end-of-text token."""
@@ -56,10 +58,12 @@ def task_rows(
     """Rows as the task prepares them: from `data`, or generated (`count` of them, from `seed`), or from the task's own
     hub id, in this order.
 
-    A positive `count` also limits how many rows of a data set are kept.
+    A positive `count` also limits how many rows of a data set are kept. Rows that are generated for another split than
+    `train` come from another seed, so that an evaluation does not get the problems that were trained on.
     """
     if data is None and task.make_rows is not None:
-        return [NumberedRow(number=i, row=row) for i, row in enumerate(task.make_rows(count, seed), 1)]
+        made = task.make_rows(count, seed if split == "train" else seed + _OTHER_SPLITS)
+        return [NumberedRow(number=i, row=row) for i, row in enumerate(made, 1)]
     source = data or task.default_data
     if source is None:
         raise ValueError(f"task {task.name} needs --data: a file or a hub id")

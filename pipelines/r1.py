@@ -10,8 +10,10 @@ mixture (SFT of the base, anew); scenarios (RL on all tasks); student-base and d
 an evaluation of every checkpoint on the same problems; report. manifest.py says which of them must run.
 """
 
+import glob
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from rollout.engine import EngineConfig
 OPTIONAL = ("cold-start", "reasoning", "scenarios", "student-base", "distill", "evaluation", "report")
 """Stages that may be left out on their own; evaluation is that of every checkpoint."""
 _SET_BY_CHAIN = frozenset(("out", "resume"))
+_BETWEEN_PATHS = re.compile(r"[\s*=:,()'\"]+")
 
 
 def run_r1(config: R1Config) -> Path:
@@ -106,6 +109,7 @@ class Chain:
     ) -> None:  # fmt: skip
         folder, fields = self.out / name, section if isinstance(section, dict) else asdict(section)
         decides = json.loads(json.dumps({key: value for key, value in fields.items() if key not in _SET_BY_CHAIN}))
+        inputs = tuple(dict.fromkeys((*inputs, *named_files(decides))))
         self.stages.append(
             Stage(
                 name=name, config=decides, inputs=inputs, folder=folder, outputs=outputs,
@@ -134,10 +138,8 @@ class Chain:
         shape = Path(architecture) / "config.json"
         shared = str(tokenizer) if tokenizer else section.tokenizer
         filled = replace(section, data=str(corpus), architecture=architecture, tokenizer=shared)
-        inputs = [corpus, *_local((shape,), self.out), *([Path(shared)] if shared else [])]
-        self._add(
-            name, section, tuple(inputs), (model,), lambda *at: run_pretrain(_at(filled, *at)), section.save_every > 0
-        )
+        inputs = (*_local((corpus, shape), self.out), *([Path(shared)] if shared else []))
+        self._add(name, section, inputs, (model,), lambda *at: run_pretrain(_at(filled, *at)), section.save_every > 0)
         return model
 
     def _sft(
@@ -149,7 +151,7 @@ class Chain:
         given = {"model": str(start)} if start else {"tokenizer": str(tokenizer)}
 
         filled = replace(section, data=str(rows), **given)
-        inputs = tuple(path for path in (start or tokenizer, rows) if path)
+        inputs = (*filter(None, [start or tokenizer]), *_local((rows,), self.out))
         self._add(name, section, inputs, (model,), lambda *at: run_sft(_at(filled, *at)), section.save_every > 0)
         return model
 
@@ -182,7 +184,8 @@ class Chain:
         inputs = (policy, *_local((Path(data),) if data else (), self.out))
         self._add("sampling", section, inputs, (traces,), lambda *at: run_sample(_at(filled, *at)), resumes=True)
         general = self._file("general", config.general)
-        self._add("mixture-data", {}, (traces, general), (joined,), lambda *_: join_rows((traces, general), joined))
+        both = (traces, general)
+        self._add("mixture-data", {}, _local(both, self.out), (joined,), lambda *_: join_rows(both, joined))
         return joined
 
     def _evaluations(self) -> None:
@@ -195,21 +198,22 @@ class Chain:
             raise ValueError("no problems to evaluate on: name them with --eval-tasks task=data, or --skip evaluation")
         results: dict[str, list[Path]] = {}
         section = replace(config.evaluation, engine=self._engine(config.evaluation.engine))
+        rewards = {
+            task: section.reward or (*get_task(task).rewards, *config.reasoning.extra_reward) for task, _ in parts
+        }
         for checkpoint in self.checkpoints:
             name = f"eval-{checkpoint.name}"
             results[checkpoint.name] = [self.out / name / task / "results.json" for task, _ in parts]
 
             def run(folder: Path, resume: bool, model: Path = checkpoint.folder) -> None:
                 for task, data in parts:
-                    rewards = section.reward or (*get_task(task).rewards, *config.reasoning.extra_reward)
-                    filled = replace(section, model=str(model), task=task, data=data, reward=rewards)
+                    filled = replace(section, model=str(model), task=task, data=data, reward=rewards[task])
                     run_eval(replace(filled, out=str(folder / task)))
 
             files = tuple(Path(data) for _, data in parts if data)
             inputs = (checkpoint.folder, *_local(files, self.out))
-            self._add(
-                name, asdict(section) | {"tasks": parts_json(parts)}, inputs, tuple(results[checkpoint.name]), run
-            )
+            decides = asdict(section) | {"tasks": parts_json(parts), "rewards": rewards}
+            self._add(name, decides, inputs, tuple(results[checkpoint.name]), run)
         if "report" not in config.skip:
             read = tuple(path for of_checkpoint in results.values() for path in of_checkpoint)
             written = (self.out / "report" / "report.md", self.out / "report" / "report.json")
@@ -234,8 +238,20 @@ def parts_json(parts: list[tuple[str, str | None]]) -> list[str]:
 
 
 def _local(files: tuple[Path, ...], out: Path) -> tuple[Path, ...]:
-    """Those that are files, or will be: a hub id is none."""
-    return tuple(path for path in files if path.is_relative_to(out) or path.exists())
+    """Those that are files, or will be, and all that a glob stands for: a hub id is none."""
+    found = [[path] if path.is_relative_to(out) or path.exists() else sorted(glob.glob(str(path))) for path in files]
+    return tuple(Path(path) for of_one in found for path in of_one)
+
+
+def named_files(values: Any) -> Iterator[Path]:
+    """Files and folders in the texts of a configuration, such as those of `0.5*my/rewards.py:short` and
+    `reward_model(folder='runs/rm/model')`. A bare word without an ending is a name, though a folder has it, too."""
+    if isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from named_files(value)
+    elif isinstance(values, str):
+        words = map(Path, _BETWEEN_PATHS.split(values))
+        yield from (path for path in words if (path.suffix or len(path.parts) > 1) and path.exists())
 
 
 def join_rows(sources: tuple[Path, ...], joined: Path) -> None:

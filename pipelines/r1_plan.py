@@ -72,7 +72,11 @@ def stage_costs(config: R1Config, names: Sequence[str]) -> dict[str, Cost]:
 
     def evaluated(size: ModelSize) -> Cost:
         return sampling_cost(
-            size, problems, 1, prompt=prompt, completion=lengths.sampled(config.evaluation.max_tokens or sampled)
+            size,
+            problems,
+            config.evaluation.num_samples,
+            prompt=prompt,
+            completion=lengths.sampled(config.evaluation.max_tokens or sampled),
         )
 
     supervised = {"length": prompt + row, "trained": row}

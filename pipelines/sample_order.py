@@ -30,7 +30,7 @@ def ordered_steps(
     places = _epochs(len(lengths), seed)
     waiting: list[int] = []  # the sample that did not fit into the last step
     for step in itertools.count():
-        limit = _limit(ascending, step, curriculum_steps, samples_per_step or 1)
+        limit = _limit(ascending, step, curriculum_steps, min(samples_per_step, len(lengths)))
         chosen, tokens = waiting, sum(int(lengths[place]) for place in waiting)
         waiting = []
         while tokens_per_step or len(chosen) < samples_per_step:

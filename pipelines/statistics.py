@@ -1,8 +1,8 @@
 """Statistics of evaluations: shares with honest intervals, pass@k, and the comparison of two models on one set.
 
 What is uncertain is which problems happened to be in the data set, and what was sampled. Completions of one problem are
-not independent, so problems, not completions, are the sample everywhere (clustered standard errors, arXiv:2411.00640
-section 2.2). All intervals are of 95%.
+not independent, so problems, not completions, are the sample everywhere (clustered standard errors,
+arXiv:2411.00640). All intervals are of 95%.
 
     estimate = mean_estimate([0.25, 1.0, 0.5])      # one share per problem
     pass_at_k(num_samples=64, num_right=3, k=8)
@@ -43,13 +43,13 @@ def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
 
 
 def clustered_error(values: Sequence[float]) -> float:
-    """Standard error of the mean of one value per problem, sqrt(sum (v - mean)^2 / (N (N - 1))); 0 for one problem.
+    """Standard error of the mean of one value per problem, sqrt(sum (v - mean)^2 / (N (N - 1))); 0 for one.
 
     With v the share of right completions this is the cluster-robust error of all completions' mean, for equally many
     completions per problem.
     """
     count = len(values)
-    if count < 2:
+    if count < 2 or min(values) == max(values):  # of equal ones the mean may be off by a rounding
         return 0.0
     mean = fmean(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (count * (count - 1)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import symtable
 import sys
 
 TYPE_CHECKING = False
@@ -72,13 +73,14 @@ class Suite:
     def bind(self, solution_names: set[str], function: Callable[[str], Any]) -> None:
         """Give every name that the tests use and nobody defines a meaning, the solution's being the last resort."""
         nodes = [node for tree in self._trees for node in ast.walk(tree)]
-        loaded = {node.id: None for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        names = dict.fromkeys(node.id for node in nodes if isinstance(node, ast.Name))
         called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-        bound = _bound_names(nodes) | self._namespace.keys()
+        read, bound = _global_names(self._sources)
         entry_name = self.entry_point.split("(")[0].split(".")[0].strip()
-        if entry_name and entry_name not in _bound_names(nodes):
+        if entry_name and entry_name not in bound:
             self._namespace[entry_name] = function(entry_name)
-        unknown = [name for name in loaded if name not in bound and name != entry_name]
+        free = read - bound - self._namespace.keys()
+        unknown = [name for name in names if name in free and name != entry_name]
         num_from_solution = 0
         for name in unknown:
             if hasattr(builtins, name):
@@ -173,20 +175,19 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
             yield from _statements(statement)
 
 
-def _bound_names(nodes: list[ast.AST]) -> set[str]:
+def _global_names(sources: list[str]) -> tuple[set[str], set[str]]:
+    """The global names that the tests read, in functions too, and those that they define."""
+    read: set[str] = set()
     bound: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).split(".")[0])
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            bound.add(node.id)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            bound.add(node.name)
-    return bound
+    tables = [symtable.symtable(source, "tests.py", "exec") for source in sources]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if table.get_type() == "module" or symbol.is_global():
+                read |= {symbol.get_name()} if symbol.is_referenced() else set()
+                bound |= {symbol.get_name()} if symbol.is_assigned() or symbol.is_imported() else set()
+    return read, bound
 
 
 def _last_line(error: BaseException, source: str) -> str:

@@ -3,7 +3,7 @@
     grpo eval compare runs/eval-before runs/eval-after --out comparison.md
 
 Most of the spread of an accuracy is which problems happen to be hard; it is the same for both, and drops out of the
-difference by problem (arXiv:2411.00640 section 4).
+difference by problem (arXiv:2411.00640).
 """
 
 import json

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,10 @@ def open_folder(config: Any, free: Sequence[str], *, weights: str, prompts: Sequ
         out.mkdir(parents=True, exist_ok=True)
         (out / "provenance.json").write_text(json.dumps({**provenance, "versions": versions()}, indent=2) + "\n")
         write_config(config, saved)  # last: where it stands, the other is there too
-    log = SampleLog(out / "samples.jsonl")
-    if (out / "records.jsonl").exists() and not log.drawn:
-        log.append(list(completions_of(read_records(out))[1].values()))
-    return log
+    samples = out / "samples.jsonl"
+    if (out / "records.jsonl").exists() and not samples.exists():
+        write_lines(samples, [asdict(one) for one in completions_of(read_records(out))[1].values()])
+    return SampleLog(samples)
 
 
 def write_result(result: EvalResult, folder: Path, about: dict[str, Any] | None = None) -> None:

@@ -52,8 +52,6 @@ TASKS = {
         codeforces.TASK,
         leetcode.TASK,
         instructions.TASK,
-        countdown_mini.TASK,
-        variables.TASK,
     )
 }
 

@@ -9,6 +9,12 @@ from pipelines.templates import Example
 Row = dict[str, Any]
 
 
+def lacks_text(row: Row, *names: str) -> str | None:
+    """Which of the fields is no text, or an empty one; None if none of them."""
+    wrong = [name for name in names if not isinstance(row.get(name), str) or not row[name].strip()]
+    return f"field {wrong[0]!r} is missing or not a text" if wrong else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One task; its rows come from a file or the hub, or from `make_rows` where it can make them."""

@@ -32,6 +32,23 @@ def tests_of(row: Row) -> CodeTask | str:
         return f"{type(error).__name__}: {error}"
 
 
+def check_problem(row: Row, *, calls: bool) -> str | None:
+    """None for a row with a problem and tests that call functions, or else that run programs; the reason otherwise."""
+    if problem_of(row) is None:
+        return f"no text in any of {', '.join(_TEXTS)}"
+    tests = tests_of(row)
+    if isinstance(tests, str):
+        return tests
+    if calls:
+        return None if tests.tests else "runs of a program, not tests of a function; the task codeforces takes them"
+    return None if tests.cases else "tests of functions, not of standard input and output; the task leetcode takes them"
+
+
+def gold_program(row: Row) -> str:
+    """The data set's own solution as the rewards look for it; empty where it has none."""
+    return fenced(program_of(row)) if program_of(row) else ""
+
+
 def fenced(program: str) -> str:
     """A program as the rewards look for it."""
     return f"```python\n{program.strip()}\n```"

@@ -4,18 +4,10 @@ in the form of rLLM, APPS or SandboxFusion.
 Not covered: problems with several right answers (special judges) and interactive ones.
 """
 
+from functools import partial
+
 from pipelines.tasks.base import Row, Task
-from pipelines.tasks.code_rows import ACCURACY, CODE_REWARDS, coded, fenced, problem_of, program_of, tests_of
-
-
-def check_row(row: Row) -> str | None:
-    """None for a row with a problem and runs to compare with, else the reason."""
-    if problem_of(row) is None:
-        return "no text in 'problem', 'description', 'content' or 'question'"
-    tests = tests_of(row)
-    if isinstance(tests, str):
-        return tests
-    return None if tests.cases else "tests of functions, not of standard input and output; the task leetcode takes them"
+from pipelines.tasks.code_rows import ACCURACY, CODE_REWARDS, check_problem, coded, gold_program, problem_of
 
 
 def question(row: Row) -> str:
@@ -28,8 +20,8 @@ def question(row: Row) -> str:
 TASK = Task(
     name="codeforces",
     question=question,
-    check=check_row,
-    gold=lambda row: fenced(program_of(row)) if program_of(row) else "",
+    check=partial(check_problem, calls=False),
+    gold=gold_program,
     rewards=CODE_REWARDS,
     accuracy=ACCURACY,
     max_tokens=4096,

@@ -2,16 +2,15 @@
 
 from typing import Any
 
-from pipelines.tasks.base import Task
+from pipelines.tasks.base import Task, lacks_text
 from pipelines.tasks.math_rows import MATH_REWARDS, gold_answer, worked
 from rewards import extract_answer
 
 
 def check_row(row: dict[str, Any]) -> str | None:
     """None for a row with a question and a gold answer, else the reason."""
-    for key in ("question", "answer"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            return f"field {key!r} is missing or not a text"
+    if problem := lacks_text(row, "question", "answer"):
+        return problem
     if extract_answer(row["answer"], ("hash",)).answer is None:
         return "field 'answer' has no `#### result`"
     return None

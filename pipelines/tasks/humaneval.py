@@ -5,17 +5,14 @@ on with the text.
 
 from dataclasses import replace
 
-from pipelines.tasks.base import Row, Task
+from pipelines.tasks.base import Row, Task, lacks_text
 from pipelines.tasks.code_rows import ACCURACY, CODE_REWARDS, coded, fenced
 from pipelines.tasks.evalplus import PLUS_REWARDS, check_tests, prepare_tests
 
 
 def check_row(row: Row) -> str | None:
     """None for a row with a prompt, tests and the function's name, else the reason."""
-    for key in ("prompt", "test", "entry_point"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            return f"field {key!r} is missing or not a text"
-    return None
+    return lacks_text(row, "prompt", "test", "entry_point")
 
 
 def question(row: Row) -> str:

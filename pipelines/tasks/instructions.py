@@ -10,19 +10,11 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipelines.tasks.base import Task
+from pipelines.tasks.base import Task, lacks_text
 from pipelines.templates import TEMPLATES
 
 WORDS = ("apple", "blue", "cat", "door", "green", "house", "lamp", "moon", "river", "stone", "tree", "window")
 MAX_WORDS = 5
-
-
-def check_row(row: dict[str, Any]) -> str | None:
-    """None for a usable row of a file, else the reason."""
-    for key in ("question", "answer"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            return f"field {key!r} is missing or not a text"
-    return None
 
 
 def make_row(rng: random.Random) -> dict[str, Any]:
@@ -62,7 +54,7 @@ def documents(rows: Sequence[Mapping[str, Any]], rng: random.Random, *, share_ri
 TASK = Task(
     name="instructions",
     question=lambda row: row["question"],
-    check=check_row,
+    check=lambda row: lacks_text(row, "question", "answer"),
     gold=lambda row: row["answer"],
     rewards=("exact_answer", "0.1*r1_format", "0*thinking_length"),
     accuracy="exact_answer",

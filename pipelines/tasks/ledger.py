@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipelines.tasks.base import Task
+from pipelines.tasks.base import Task, lacks_text
 from pipelines.templates import TEMPLATES
 
 NUM_STEPS = 10
@@ -24,14 +24,6 @@ def apply(state: int, operation: str) -> int:
     """The last digit of the result of one operation on one digit."""
     amount = int(operation[1:])
     return {"+": state + amount, "-": state - amount, "x": state * amount}[operation[0]] % 10
-
-
-def check_row(row: dict[str, Any]) -> str | None:
-    """None for a usable row of a file, else the reason."""
-    for key in ("question", "answer"):
-        if not isinstance(row.get(key), str):
-            return f"field {key!r} is missing or not a text"
-    return None
 
 
 def make_row(rng: random.Random) -> dict[str, Any]:
@@ -84,7 +76,7 @@ def documents(
 TASK = Task(
     name="ledger",
     question=lambda row: row["question"],
-    check=check_row,
+    check=lambda row: lacks_text(row, "question", "answer"),
     gold=lambda row: row["answer"],
     rewards=("math_answer", "0.1*r1_format", "0*thinking_length"),
     accuracy="math_answer",

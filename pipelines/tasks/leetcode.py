@@ -1,7 +1,9 @@
 """Problems whose tests call a function: LeetCodeDataset (arXiv:2504.14655), also as rLLM has it, SandboxFusion's."""
 
+from functools import partial
+
 from pipelines.tasks.base import Row, Task
-from pipelines.tasks.code_rows import ACCURACY, CODE_REWARDS, coded, fenced, problem_of, program_of, tests_of
+from pipelines.tasks.code_rows import ACCURACY, CODE_REWARDS, check_problem, coded, gold_program, problem_of
 
 PRELUDE = """\
 import datetime, math, random
@@ -19,16 +21,6 @@ inf = float("inf")
 """What LeetCode itself imports before a program; rows without a `prompt` or `prelude` of their own get it."""
 
 
-def check_row(row: Row) -> str | None:
-    """None for a row with a problem and tests of a function, else the reason."""
-    if problem_of(row) is None:
-        return "no text in 'problem', 'query', 'content' or 'question'"
-    tests = tests_of(row)
-    if isinstance(tests, str):
-        return tests
-    return None if tests.tests else "runs of a program, not tests of a function; the task codeforces takes them"
-
-
 def prepare(row: Row) -> Row:
     return row if "prompt" in row or "prelude" in row else row | {"prelude": PRELUDE}
 
@@ -40,9 +32,9 @@ def question(row: Row) -> str:
 TASK = Task(
     name="leetcode",
     question=question,
-    check=check_row,
+    check=partial(check_problem, calls=True),
     prepare=prepare,
-    gold=lambda row: fenced(program_of(row)) if program_of(row) else "",
+    gold=gold_program,
     rewards=CODE_REWARDS,
     accuracy=ACCURACY,
     max_tokens=4096,

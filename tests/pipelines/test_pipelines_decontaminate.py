@@ -60,6 +60,9 @@ def test_passages_of_many_problems_are_form() -> None:
     overlap = Overlap(evaluation(*(f"{form} {i}" for i in range(5))), ngram=8, max_shared=4)
     assert overlap.find([f"{form} 9"]) is None
     assert Overlap(evaluation(*(f"{form} {i}" for i in range(5))), ngram=8, max_shared=5).find([form]) is not None
+    once_more = [*evaluation(*[f"{form} 3"] * 32), EvaluationText(where="other", text=f"{form} 4")]
+    found = Overlap(once_more, ngram=8, max_shared=2).find([form])
+    assert found is not None and found.where == "e, line 1", "a problem that is repeated 32 times is one"
 
 
 def test_chinese_has_words_of_one_character() -> None:

@@ -154,6 +154,28 @@ def test_old_completions_are_judged_by_new_rewards(evaluated: Path, tmp_path: Pa
     assert "choose another" in grpo("eval", "--rescore", out, "--out", out).one_line_error()
 
 
+def test_what_has_no_room_is_not_taken_for_what_is_missing(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = (
+        "eval", "--model", base, "--data", GSM8K, "--max-tokens", 24, "--engine.max-model-len", 260, "--out", out,
+        *LOCAL,
+    )  # fmt: skip
+    assert grpo(*arguments).status == 0
+    before = lines(out / "records.jsonl")
+    records = [json.loads(line) for line in before]
+    fitting = [record for record in records if not record["failure"]]
+    assert 0 < len(fitting) < 8, "some prompts are too long, not all"
+    again = grpo(*arguments)
+    assert "8 problems of gsm8k; 0 completions to sample" in again.out and "engines" not in again.out, again.out
+    for record in fitting[: 8 - len(fitting)]:
+        record["failure"] = "engine"
+    (out / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    failed = min(len(fitting), 8 - len(fitting))
+    retried = grpo(*arguments, "--retry-failed")
+    assert f"{failed} completions to sample" in retried.out
+    assert lines(out / "records.jsonl") == before
+
+
 def judged(answers: dict[str, list[str]]) -> list[dict[str, Any]]:
     prompts = [Prompt(id=name, text="Q", token_ids=[], row={"answer": "5"}) for name in answers]
     drawn = {

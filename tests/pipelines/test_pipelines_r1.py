@@ -59,6 +59,36 @@ def test_a_stage_that_is_left_out_is_bridged():
     assert "--recipe needs a name" in grpo("r1", "--recipe").one_line_error()
 
 
+def test_everything_that_a_stage_reads_is_among_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Reward files, held-out rows, evaluation sets to keep out, globs; hub ids are nothing to hash."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("judge.py", "held.jsonl", "sets/a.jsonl", "rows/1.jsonl", "rows/2.jsonl", "rm/model/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "ledger").mkdir()  # a folder that is called as a task
+    config = tiny()
+    judged = (
+        "math_answer",
+        "0.5*judge.py:short(length=3)",
+        "judge.py:long",
+        "reward_model(folder='rm/model') if math_answer",
+    )
+    config = replace(
+        config, out="run", general="owner/name:config@train",
+        cold_start=replace(config.cold_start, data="rows/*.jsonl", heldout="held.jsonl"),
+        reasoning=replace(config.reasoning, reward=judged),
+        sampling=replace(config.sampling, against=("sets/a.jsonl",)),
+    )  # fmt: skip
+    stages = {stage.name: stage for stage in Chain(config).stages}
+    reads = {name: [str(path) for path in stage.inputs] for name, stage in stages.items()}
+    assert reads["cold-start"] == ["run/base/model", "rows/1.jsonl", "rows/2.jsonl", "held.jsonl"]
+    assert reads["reasoning"][1:] == ["run/data/ledger.jsonl", "judge.py", "rm/model"]
+    assert reads["sampling"][-1] == "sets/a.jsonl" and reads["mixture-data"] == ["run/sampling/traces.jsonl"]
+    other = Chain(replace(config, reasoning=replace(config.reasoning, extra_reward=("tag_count",))))
+    changed = next(stage for stage in other.stages if stage.name == "eval-base").config
+    assert changed != stages["eval-base"].config, "the base is judged by the rewards of reasoning"
+
+
 def test_generated_data(tmp_path: Path):
     config = GeneratedData(num_documents=400, num_cold_start=30, num_general=20, num_prompts=40, num_heldout=25)
     write_data(config, tmp_path)

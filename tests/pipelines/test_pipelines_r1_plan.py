@@ -28,6 +28,7 @@ from pipelines.r1_cost import (
     sampling_cost,
     supervised_cost,
 )
+from pipelines.r1_plan import stage_costs
 from pipelines.r1_recipes import paper, tiny
 from pipelines.sft import SFTConfig
 from pipelines.zero import ZeroConfig
@@ -118,6 +119,14 @@ def test_the_paper_recipe_is_the_paper():
         assert (tuned.lr, tuned.lr * tuned.final_lr_share, tuned.lr_decay) == (5e-5, pytest.approx(5e-6), "cosine")
         assert tuned.samples_per_step == 128 and 2 <= tuned.epochs <= 3
     assert (recipe.distill.lr, recipe.distill.samples_per_step) == (8e-5, 64)
+
+
+def test_evaluation_counts_every_completion():
+    once, often = (
+        stage_costs(replace(tiny(), evaluation=replace(tiny().evaluation, num_samples=count)), ["eval-base"])
+        for count in (1, 16)
+    )
+    assert often["eval-base"].generated == 16 * once["eval-base"].generated > 0
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):

@@ -57,6 +57,8 @@ def test_a_curriculum_lets_longer_samples_in_by_and_by() -> None:
     after = list(itertools.chain(*first_steps(100, curriculum=20)[20:]))
     counts = np.bincount(after, minlength=50)
     assert counts.min() >= 11 and counts.max() <= 14, "afterwards all are equal again"
+    few = ordered_steps(LENGTHS[:5], samples_per_step=64, tokens_per_step=70, seed=0, curriculum_steps=4)
+    assert sorted({place for step in itertools.islice(few, 9) for place in step}) == list(range(5))
 
 
 @pytest.mark.parametrize(

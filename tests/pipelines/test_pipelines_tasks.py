@@ -125,9 +125,9 @@ def test_thinking_is_not_rewarded() -> None:
 
 @pytest.mark.parametrize("row", [{}, {"question": "q"}, {"question": "q", "answer": 7}, {"question": 1, "answer": "7"}])
 def test_a_ledger_row_needs_question_and_answer(row: dict[str, Any]) -> None:
-    reason = ledger.check_row(row)
+    reason = get_task("ledger").check(row)
     assert reason is not None and "is missing or not a text" in reason
-    assert ledger.check_row(ROWS[0]) is None
+    assert get_task("ledger").check(ROWS[0]) is None
 
 
 def test_registries_name_what_they_know() -> None:
@@ -193,8 +193,12 @@ def test_rows_come_from_the_file_then_from_the_generator() -> None:
     assert rows_of("gsm8k", str(GSM8K), 0) == whole
     assert rows_of("gsm8k", str(GSM8K), 3) == whole[:3]
     assert rows_of("ledger", str(GSM8K), 2) == whole[:2], "a file beats the generator"
-    generated = rows_of("ledger", None, 5)
+    settings: dict[str, Any] = {"count": 5, "seed": 3, "max_bad_share": 0, "report": pytest.fail}
+    generated = task_rows(get_task("ledger"), None, split="train", **settings)
     assert [row.number for row in generated] == [1, 2, 3, 4, 5]
     assert [row.row for row in generated] == ledger.make_rows(5, seed=3)
+    heldout = rows_of("ledger", None, 5)
+    assert len(heldout) == 5 and not any(row in generated for row in heldout), "of another split, others"
+    assert heldout == rows_of("ledger", None, 5)
     with pytest.raises(ValueError, match="task gsm8k needs --data: a file or a hub id"):
         rows_of("gsm8k", None, 0, default_data=None)

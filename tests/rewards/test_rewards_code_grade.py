@@ -45,6 +45,14 @@ def test_all_or_nothing_stops_and_fraction_goes_on(grader: CodeGrader):
     assert brief(grader.grade(snippets, ADD)) == ("wrong", 1, 4)
 
 
+def test_a_variable_of_a_reference_is_not_the_entry_point(grader: CodeGrader):
+    """As in row 42 of MBPP+, whose reference counts in a variable of the function's name."""
+    tests = "def reference(a, b):\n    add = a + b\n    return add\nassert add(1, 2) == reference(1, 2)\n"
+    assert brief(grader.grade(task_of(tests, entry_point="add"), ADD)) == ("ok", 1, 1)
+    assert brief(grader.grade(task_of(tests), ADD)) == ("ok", 1, 1)
+    assert brief(grader.grade(task_of(f"def add(a, b):\n    return 9\n{tests}", entry_point="add"), ADD))[0] == "wrong"
+
+
 @pytest.mark.parametrize(
     ("code", "status", "error"),
     [
