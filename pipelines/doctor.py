@@ -24,7 +24,7 @@ from pipelines.findings import Finding, exit_status, show
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """`grpo doctor [RUN]`: looks at this machine; or at a run folder; or, with --lr0, at a recipe that must not drift."""
+    """`grpo doctor [RUN]`: examines this machine, a run folder, or with --lr0 a recipe."""
 
     run: Positional[str] = ""
     """Folder of a run to examine, in place of the machine."""

@@ -38,7 +38,9 @@ def stale_versions(run: Curves) -> Finding | None:
     said = []
     for name in lags:
         if since := stretch(smooth(run.points(name)), lambda value: value > 10 * run.alarm_kl):
-            said.append(f"tokens {name.rpartition('_')[2]} versions old differ by {run.points(name)[-1][1]:.1e} {since}")
+            said.append(
+                f"tokens {name.rpartition('_')[2]} versions old differ by {run.points(name)[-1][1]:.1e} {since}"
+            )
     if since := stretch(restarted, lambda groups: groups >= max(1.0, 0.1 * run.prompts_per_step)):
         said.append(f"{restarted[-1][1]:.0f} groups begun anew in the last step, a tenth of all or more {since}")
     if not said:
@@ -61,7 +63,7 @@ def dead_experts(run: Curves) -> Finding | None:
     return warn(
         "experts",
         f"{dead[-1][1]:.0f} without a token {since or idle}, {used[-1][1]:.0%} with a tenth of the mean load or more",
-        "too small batches leave experts out by chance; else balance the base longer (pretrain.balance_speed), and look "
+        "too small batches leave experts out by chance; else balance the base longer (its balance_speed), look "
         "at moe/load_entropy",
     )
 
@@ -94,7 +96,9 @@ def reward_failures(run: Curves) -> Finding | None:
         if bad:
             worst = max(worst, *(share for _, share in bad))
             most = max(bad, key=lambda point: point[1])
-            said.append(f"{name} first at step {bad[0][0]}, in {len(bad)} steps, at most {most[1]:.0%} at step {most[0]}")
+            said.append(
+                f"{name} first at step {bad[0][0]}, in {len(bad)} steps, at most {most[1]:.0%} at step {most[0]}"
+            )
     if not said:
         return fine("failures", "no reward function failed in more than 1%")
     return warn(
@@ -115,5 +119,7 @@ def engine_failures(run: Curves) -> Finding | None:
     if first is None and not broken:
         return fine("engines", "none replaced, no completion given up")
     text = [] if first is None else [f"{restarts[-1][1]:.0f} engines replaced, the first by step {first}"]
-    text += [f"{max(s for _, s in broken):.0%} of a step's completions failed, first at step {broken[0][0]}"] * bool(broken)
+    text += [f"{max(s for _, s in broken):.0%} of a step's completions failed, first at step {broken[0][0]}"] * bool(
+        broken
+    )
     return warn("engines", "; ".join(text), "run.log says why; memory (grpo doctor), engine.stall_timeout_s")

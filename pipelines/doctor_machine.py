@@ -131,7 +131,7 @@ def judge_vllm_needs(versions: dict[str, str]) -> list[Finding]:
         for need in needs
         if need.name in ("torch", "transformers") and need.name in versions
         and (need.marker is None or need.marker.evaluate({"extra": ""}))
-        and not need.specifier.contains(versions[need.name].split("+")[0], prereleases=True)
+        and not need.specifier.contains(versions[need.name], prereleases=True)
     ]  # fmt: skip
     if not wrong:
         return [Finding(level="ok", check="vllm needs", text=f"{name} {versions[name]} has the torch it was built for")]
@@ -220,4 +220,6 @@ def check_sandbox() -> Finding:
             return Finding(level="ok", check="sandbox", text=sandbox.description.removeprefix("code sandbox: "))
     except SandboxError as error:
         text, _, remedy = str(error).partition(". Remedy: ")
-        return Finding(level="warning", check="sandbox", text=f"{text}; only rewards that run code need one", remedy=remedy)
+        return Finding(
+            level="warning", check="sandbox", text=f"{text}; only rewards that run code need one", remedy=remedy
+        )
