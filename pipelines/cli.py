@@ -17,13 +17,14 @@
     grpo decontaminate DATA --against FILE... --out CLEAN.jsonl
     grpo reward test REWARD DATA.jsonl | math PAIRS.jsonl --out OUT.jsonl | code PROGRAMS.jsonl --out OUT.jsonl
     grpo model info DIR|PRESET
-    grpo doctor --lr0 RECIPE|FILE.yaml [--model DIR]
+    grpo doctor [--quick] | RUN | --lr0 RECIPE|FILE.yaml [--model DIR]
     grpo convert SRC --out DST --to bf16|fp8|fp32
 
 `--recipe NAME` is NAME in first place. `--engine native` is short for `--engine.kind native`, `--steps` for
 `--trainer.steps`.
-Flags beat the config file, the file beats the recipe. Exit status: 0 done, 1 the run failed or did not learn, 2 wrong
-input.
+Flags beat the config file, the file beats the recipe. `--verbose`, with any command, or GRPO_VERBOSE=1 shows what vLLM,
+Ray and transformers say, and tracebacks. Exit status: 0 done, 1 the run failed or did not learn, 2 wrong input, 3 this
+machine (disk, memory, port, sandbox), 4 unexpected, 130 stopped by Ctrl-C.
 """
 
 import contextlib
@@ -31,10 +32,13 @@ import io
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pipelines.errors import INTERRUPTED, report
 
 _USAGE = __doc__ or ""
 _QUIET = {
@@ -188,7 +192,10 @@ def parse(command: Command, arguments: Sequence[str], program: str = "grpo") -> 
             )
     except SystemExit as stop:
         if stop.code:
-            raise ValueError(_first_message(errors.getvalue())) from None
+            # tyro breaks its messages at the 80th column, and paths with them: a check of our own is taken as it was.
+            reason = stop.__context__
+            own = str(reason) if type(reason) is ValueError else ""
+            raise ValueError(own or _first_message(errors.getvalue())) from None
         raise  # --help has been printed
     if unknown:
         flags = [f"--{name.replace('_', '-')}" for name in names]
@@ -225,10 +232,11 @@ def _first_message(box: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status. GRPO_TRACEBACK=1 shows where a one-line error came from."""
+    """Entry point; the exit status, see pipelines/errors.py."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    verbose = "--verbose" in arguments or bool(os.environ.get("GRPO_VERBOSE"))
+    arguments = [argument for argument in arguments if argument != "--verbose"]
+    _set_noise(verbose)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else 2
@@ -237,19 +245,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"grpo: error: unknown command {arguments[0]!r}; known: {', '.join(commands)}", file=sys.stderr)
         return 2
     command = commands[arguments[0]]
+    config = None
     try:
-        result = command.run(parse(command, arguments[1:], f"grpo {arguments[0]}"))
+        config = parse(command, arguments[1:], f"grpo {arguments[0]}")
+        result = command.run(config)
     except KeyboardInterrupt:
-        print("grpo: stopped", file=sys.stderr)
-        return 130
+        print("grpo: stopped; what was saved stays, and --resume goes on where the command has it", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         return 1
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("GRPO_TRACEBACK"):
+    except Exception as error:  # the boundary to the user: nothing is swallowed, see errors.py
+        if verbose:
             raise
-        print(f"grpo: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return report(error, config)
     return result if isinstance(result, int) else 0
+
+
+def _set_noise(verbose: bool) -> None:
+    """What other packages may print; processes that are started inherit it."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if verbose:
+        os.environ |= {"GRPO_VERBOSE": "1", "VLLM_LOGGING_LEVEL": "INFO", "TRANSFORMERS_VERBOSITY": "info"}
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category)
 
 
 if __name__ == "__main__":

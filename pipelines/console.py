@@ -6,7 +6,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 console = Console(highlight=False, markup=False)
@@ -50,3 +58,16 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     console.print(table)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says what is waited for while it lasts: on a terminal with the seconds, elsewhere in a line of its own."""
+    if not console.is_terminal:
+        console.print(f"{what} ...", soft_wrap=True)
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield

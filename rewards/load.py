@@ -171,7 +171,7 @@ def _from_file(path: Path, name: str) -> Any:
         raise ValueError(f"reward file {str(path)!r} must end in .py")
     try:
         module = import_file(path)
-    except Exception as error:  # the user's file: the traceback is chained for GRPO_TRACEBACK=1
+    except Exception as error:  # the user's file: the traceback is chained for --verbose
         raise ValueError(f"reward file {path} cannot be loaded: {_import_problem(error, path)}") from error
     function: Any = getattr(module, name, None)
     if not _is_function(function):

@@ -75,7 +75,7 @@ def _load_task(path: Path) -> Task:
         raise FileNotFoundError(f"task file {str(path)!r} not found (from {str(Path.cwd())!r})")
     try:
         module = import_file(path)
-    except Exception as error:  # the user's file: the traceback is chained for GRPO_TRACEBACK=1
+    except Exception as error:  # the user's file: the traceback is chained for --verbose
         raise ValueError(f"task file {path} cannot be loaded: {type(error).__name__}: {error}") from error
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task):

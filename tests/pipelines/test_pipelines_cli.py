@@ -174,7 +174,7 @@ def test_errors_of_the_user_become_one_line(error: Exception, monkeypatch: pytes
 
     run_instead(monkeypatch, run)
     assert grpo("eval").one_line_error() == "a bad row"
-    monkeypatch.setenv("GRPO_TRACEBACK", "1")
+    monkeypatch.setenv("GRPO_VERBOSE", "1")
     with pytest.raises(type(error)):
         grpo("eval")
 
@@ -185,7 +185,8 @@ def test_a_run_that_ended_for_its_gradients_has_failed(monkeypatch: pytest.Monke
 
     run_instead(monkeypatch, run)
     done = grpo("eval")
-    assert (done.status, done.err) == (1, "grpo: error: step 7: 4 optimizer steps in a row were skipped\n")
+    assert done.status == 1
+    assert done.err.startswith("grpo: error: step 7: 4 optimizer steps in a row were skipped; traceback in ")
 
 
 def test_a_tracker_that_is_not_installed_is_named_at_once(
@@ -199,13 +200,19 @@ def test_a_tracker_that_is_not_installed_is_named_at_once(
     assert "comet" in grpo("zero", "--model", base, *flags, "--trainer.trackers", "comet").one_line_error()
 
 
-def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "status"), [(SyncError("other weights"), 1), (KeyError("a defect"), 4)])
+def test_other_errors_are_one_line_and_keep_their_traceback_in_a_file(
+    error: Exception, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def run(config: EvalConfig) -> None:
-        raise SyncError("the engine holds other weights")
+        raise error
 
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run_instead(monkeypatch, run)
-    with pytest.raises(SyncError):
-        grpo("eval")
+    done = grpo("eval")
+    assert done.status == status and done.err.count("\n") == 1, done
+    text = Path(done.err.rpartition("traceback in ")[2].strip()).read_text()
+    assert "Traceback" in text and type(error).__name__ in text
 
 
 def test_usage() -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from grpo.learner import Learner
-from pipelines import doctor
+from pipelines import doctor_drift
 from pipelines.config import write_config
-from pipelines.doctor import DoctorConfig, Finding, examine, find_recipe, judge, still
+from pipelines.doctor_drift import examine, find_recipe, judge, still
+from pipelines.findings import Finding
 from pipelines.recipes import zero_ledger
 from pipelines.zero import ZeroConfig, build_learner, prepare
 from rollout.engine import EngineConfig, WeightStream
@@ -127,7 +128,7 @@ def test_the_command_prints_and_exits(
     good = grpo("doctor", "--lr0", path, "--steps", 1)
     assert good.status == 0, good
     assert not (tmp_path / "run").exists(), "the run that is examined is not touched"
-    monkeypatch.setattr(doctor, "build_pool", lambda engine, model: OtherTemperaturePool(recipe))
+    monkeypatch.setattr(doctor_drift, "build_pool", lambda engine, model: OtherTemperaturePool(recipe))
     bad = grpo("doctor", "--lr0", path, "--steps", 1)
     assert bad.status == 1, bad
     lines = [line.split()[:2] for line in (good.out + bad.out + capsys.readouterr().out).splitlines()]
@@ -135,8 +136,8 @@ def test_the_command_prints_and_exits(
 
 
 def test_recipes_by_name_and_wrong_input(base: Path) -> None:
-    assert find_recipe(DoctorConfig(lr0="ledger", model=str(base))) == replace(zero_ledger(), model=str(base))
-    for wrong in ("", "ledgr"):
+    assert find_recipe("ledger", str(base)) == replace(zero_ledger(), model=str(base))
+    for wrong in ("ledgr", "no.yaml"):
         message = grpo("doctor", "--lr0", wrong, "--model", base).one_line_error()
         assert "--lr0 needs a recipe of `grpo zero` (ledger, gsm8k) or a config file" in message
     assert "steps must be >= 1, got 0" in grpo("doctor", "--lr0", "ledger", "--steps", 0).one_line_error()
@@ -150,4 +151,4 @@ def test_levels() -> None:
     assert level(0.0, 0.5) == "warning"
     assert level(0.5, 1.5) == level(math.nan) == level(0.0, math.nan, 0.0) == "error"
     assert judge([{}], "check", "x", 1.0, "").level == "error", "nothing measured is no success"
-    assert str(Finding(level="ok", check="sync", text="fine")) == "ok       sync      fine"
+    assert str(Finding(level="ok", check="sync", text="fine")) == "ok       sync        fine"
