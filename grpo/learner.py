@@ -175,21 +175,25 @@ class Learner:
         everyones = self.mesh.gather(mine_N)
         return self.mesh.broadcast(entropy_threshold_of(torch.cat(everyones), share) if everyones else None)
 
-    @torch.no_grad()
     def with_old_logprobs(self, samples: list[TrainingSample]) -> list[TrainingSample]:
         """The samples with the learner's present log-probabilities, where the loss or a weight needs them: to be called
         before the first of several updates on them. For a single one the update's own forward pass is the same.
         """
         if self.config.correction.kind == "none" and self.config.correction.old_logprobs == "sampler":
             return samples
+        return [replace(s, old_logprobs=old_L) for s, old_L in zip(samples, self.logprobs_of(samples), strict=True)]
+
+    @torch.no_grad()
+    def logprobs_of(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
+        """[L] for each sample: the present log-probabilities of its trained tokens, 0.0 elsewhere; on rank 0."""
         found = self._of_samples(
             samples, lambda batch: self._logprobs(self.model, self._forward(batch).hidden_TD, batch)[0]
         )
         release(self.model)
-        old = [torch.zeros(len(sample.token_ids)) for sample in samples]
+        logprobs = [torch.zeros(len(sample.token_ids)) for sample in samples]
         for place, logprobs_N in found.items():
-            old[place][torch.tensor(samples[place].loss_mask)] = logprobs_N.float()
-        return [replace(s, old_logprobs=old_L.tolist()) for s, old_L in zip(samples, old, strict=True)]
+            logprobs[place][torch.tensor(samples[place].loss_mask)] = logprobs_N.float()
+        return [logprobs_L.tolist() for logprobs_L in logprobs]
 
     @torch.no_grad()
     def kl_in_reward(self, samples: Sequence[TrainingSample]) -> list[float]:

@@ -62,6 +62,9 @@ class LearnerGroup:
     def with_old_logprobs(self, samples: list[TrainingSample]) -> list[TrainingSample]:
         return self._all("with_old_logprobs", samples)
 
+    def logprobs_of(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
+        return self._all("logprobs_of", samples)
+
     def kl_in_reward(self, samples: Sequence[TrainingSample]) -> list[float]:
         return self._all("kl_in_reward", samples)
 

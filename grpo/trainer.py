@@ -6,7 +6,6 @@ GRPOTrainer(config, learner, pool, prompts, rubric, decode, stop_token_id, run_d
 import errno
 import logging
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from grpo.rollouts import RolloutConfig, Rollouts, RolloutState
 from grpo.sample_file import sample_path, write_samples
 from grpo.samples import Decode, build_samples, score_groups
 from grpo.step_guard import StepsSkippedError
-from grpo.step_report import batch_metrics, group_rows
+from grpo.step_report import Clock, Notes, batch_metrics, group_rows, memory_metrics, no_notes
 from models.checkpoint import flush_to_disk, is_disk_full
 from rewards import Rubric, Score
 from rollout.pool import EnginePool
@@ -38,6 +37,9 @@ _LOG = logging.getLogger(__name__)
 OnStep = Callable[[int, dict[str, float]], None]
 Teach = Callable[[list[TrainingSample], int], tuple[list[TrainingSample], dict[str, float]]]
 """The samples of a step -> what the step learns from in their place, a teacher's advantages say, and its metrics."""
+
+Inspect = Callable[[Sequence[CompletionGroup], Sequence[TrainingSample]], Callable[[], Notes]]
+"""Before an update whose groups are logged: groups and samples -> what is called after it, for notes on the groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +100,12 @@ class TrainerConfig:
             raise ValueError(
                 f"minibatches={self.minibatches} must divide the {self.samples_per_step} samples of a step"
             )
-        if self.log_groups_every < 0 or self.dump_samples_every < 0 or not self.probe_limit > 0:
-            raise ValueError(
-                "need log_groups_every >= 0, dump_samples_every >= 0 and probe_limit > 0, got "
-                f"{self.log_groups_every}, {self.dump_samples_every} and {self.probe_limit}"
-            )
-        if not self.mismatch_alarm_kl > 0:
-            raise ValueError(f"mismatch_alarm_kl must be > 0, got {self.mismatch_alarm_kl}")
+        for name in ("log_groups_every", "dump_samples_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("probe_limit", "mismatch_alarm_kl"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0 to learn from samples, got {self.temperature}")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -139,11 +140,12 @@ class GRPOTrainer:
         on_step: OnStep = lambda step, metrics: None,
         tell: Callable[[str], None] = _LOG.warning,
         teach: Teach = lambda samples, step: (samples, {}),
+        inspect: Inspect = lambda groups, samples: lambda: no_notes(groups),
     ) -> None:
         """Continues from the newest whole checkpoint in `run_dir` if there is one; `tell` hears of damaged ones."""
         self.config, self.learner, self.pool = config, learner, pool
         self.decode, self.stop_token_id = decode, stop_token_id
-        self.run_dir, self.on_step, self.tell, self.teach = run_dir, on_step, tell, teach
+        self.run_dir, self.on_step, self.tell, self.teach, self.inspect = run_dir, on_step, tell, teach, inspect
         check_supervision(config.advantages.supervision, learner.config.objective)
         self.first_step, sampled = load_checkpoint(run_dir, learner, tell)
         self.logger = MetricsLogger(run_dir, self.first_step, config.trackers)
@@ -211,7 +213,7 @@ class GRPOTrainer:
         self.logger.close()
 
     def run_step(self, step: int) -> None:
-        with _Clock(self._seconds, "rollout"):
+        with Clock(self._seconds, "rollout"):
             batch = self.rollouts.take(step)
         samples, counts = build_samples(
             batch.groups, batch.scores, self.config.advantages, temperature=self.config.temperature, version=step,
@@ -220,18 +222,21 @@ class GRPOTrainer:
         if not self.config.rollout.overlap:
             self.pool.sleep()  # the sync wakes it
         samples, taught = self.teach(samples, step)
+        is_logged = self.config.log_groups_every and step % self.config.log_groups_every == 0
+        inspected = self.inspect(batch.sampled, samples) if is_logged else None
         report = self.update(samples, step) | taught
+        notes = inspected() if inspected else None
         drift = self.sync(step + 1, self.config.probe_every)
         metrics = batch_metrics(batch.sampled, batch.sampled_scores) | counts | report | self.pool.counters
         metrics |= {"groups/replaced": len(batch.replaced), "groups/restarted": batch.restarted}
         if drift is not None:
             metrics["sync/probe_difference"] = drift
         self._seconds["score"] = batch.score_seconds
-        self.log(step, metrics, batch.sampled, batch.sampled_scores)
+        self.log(step, metrics, batch.sampled, batch.sampled_scores, notes)
 
     def update(self, samples: list[TrainingSample], step: int) -> dict[str, float]:
         """`minibatches` optimizer steps over the shuffled samples, see `grpo/minibatches.py`."""
-        with _Clock(self._seconds, "learn"):
+        with Clock(self._seconds, "learn"):
             if self.config.minibatches > 1 and samples:
                 samples = self.learner.with_old_logprobs(samples)
                 random.Random(f"{self.config.seed} {step}").shuffle(samples)
@@ -253,7 +258,7 @@ class GRPOTrainer:
     def sync(self, version: int, probe_every: int) -> float | None:
         """Gives the engines the learner's weights; what they were sampling goes on with these."""
         weights = self.learner.named_weights()
-        with _Clock(self._seconds, "sync"):
+        with Clock(self._seconds, "sync"):
             if self.config.rollout.overlap:
                 # An engine that is replaced while the learner works gets these, not what the learner has by then.
                 weights = weights.snapshot()
@@ -270,28 +275,17 @@ class GRPOTrainer:
         metrics: dict[str, float],
         groups: Sequence[CompletionGroup],
         scores: Sequence[Sequence[Score]],
+        notes: Notes | None,
     ) -> None:
         seconds, self._seconds = self._seconds, {}
         sampled = sum(group.num_tokens for group in groups)
         learned = sampled + sum(len(group.prompt.token_ids) * len(group.completions) for group in groups)
-        metrics |= {f"seconds/{name}": value for name, value in seconds.items()} | {
+        metrics |= memory_metrics() | {f"seconds/{name}": value for name, value in seconds.items()}
+        metrics |= {
             "speed/rollout_tokens_per_s": sampled / seconds["rollout"],
             "speed/learn_tokens_per_s": learned / seconds["learn"],
         }
         self.logger.log(step, metrics)
-        if self.config.log_groups_every and step % self.config.log_groups_every == 0:
-            append_rows(self.groups_path, group_rows(step, groups, scores, self.decode))
+        if notes is not None:
+            append_rows(self.groups_path, group_rows(step, groups, scores, self.decode, notes))
         self.on_step(step, metrics)
-
-
-class _Clock:
-    """Adds the wall time of a `with` block to `seconds[name]`."""
-
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self._seconds, self._name = seconds, name
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start

@@ -37,6 +37,7 @@ from pipelines.console import console, progress_bar
 from pipelines.mixture import MixedSource, TaskRubric
 from pipelines.prompting import build_prompts, build_rubric, decoder, load_tokenizer, stop_token, task_rows
 from pipelines.run_folder import check_resumed
+from pipelines.token_report import TokenReport
 from pipelines.zero_config import ZeroConfig
 from rewards import Rubric
 from rollout.pool import EnginePool, build_pool
@@ -195,6 +196,7 @@ def train(
                     on_step=lambda step, metrics: bar.advance(console_line(metrics)),
                     tell=lambda message: console.print(message, style="bold red", soft_wrap=True),
                     teach=teacher(learner),
+                    inspect=TokenReport.for_run(learner, decoder(run.tokenizer), config.log_tokens_of),
                 )  # fmt: skip
                 if trainer.first_step:
                     bar.advance("resumed", steps=trainer.first_step)

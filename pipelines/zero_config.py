@@ -48,6 +48,9 @@ class ZeroConfig:
     tens of thousands of tokens."""
     num_threads: int = 1
     """CPU threads of the learner; a second one pays for larger models and on idle cores only."""
+    log_tokens_of: int = 4
+    """Groups of each dump to `groups.jsonl` (trainer.log_groups_every) that come with numbers for each token; two more
+    forward passes over them, and some 60 bytes per token."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """The loop."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -67,6 +70,8 @@ class ZeroConfig:
             )
         if self.num_prompts < 0:
             raise ValueError(f"num_prompts must be >= 0, got {self.num_prompts}")
+        if self.log_tokens_of < 0:
+            raise ValueError(f"log_tokens_of must be >= 0, got {self.log_tokens_of}")
         if self.num_threads < 1:
             raise ValueError(f"num_threads must be >= 1, got {self.num_threads}")
         for part in self.parts():

@@ -117,7 +117,7 @@ def weights(trainer: GRPOTrainer) -> dict[str, Tensor]:
 def repeatable(run_dir: Path) -> list[dict[str, float]]:
     """The logged rows without what the clock says."""
     rows = read_metrics(run_dir)
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "speed/"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "speed/", "memory/"))} for row in rows]
 
 
 def stop_at(step: int) -> Callable[[int, dict[str, float]], None]:

@@ -41,7 +41,7 @@ def assert_same_run(found: Path, wanted: Path) -> None:
     assert len(rows) == len(expected) == 2
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
-        kept = {name for name in other if not name.startswith(("seconds/", "speed/"))}
+        kept = {name for name in other if not name.startswith(("seconds/", "speed/", "memory/"))}
         assert {name: row[name] for name in kept} == pytest.approx(
             {name: other[name] for name in kept}, rel=1e-3, abs=1e-5
         )

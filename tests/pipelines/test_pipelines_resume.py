@@ -61,7 +61,7 @@ def kill_in_the_middle(arguments: list[str], out: Path, environment: dict[str, s
 
 
 def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "speed/"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "speed/", "memory/"))} for row in rows]
 
 
 def assert_same_run(resumed: Path, expected: Path) -> None:
