@@ -46,5 +46,5 @@ def choose_fused(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """
     logprobs_BV = logprobs_BV.contiguous()
     ids_B = torch.empty(len(logprobs_BV), dtype=torch.int64, device=logprobs_BV.device)
-    _choose_row[(len(ids_B),)](logprobs_BV, uniforms_B, ids_B, logprobs_BV.shape[1], BLOCK=_BLOCK, num_warps=8)
+    _choose_row[(len(ids_B),)](logprobs_BV, uniforms_B, ids_B, logprobs_BV.shape[1], BLOCK=_BLOCK, num_warps=8)  # pyright: ignore
     return ids_B

@@ -65,7 +65,8 @@ def clipped_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Te
     generator = torch.Generator().manual_seed(1)
     for _ in range(4):
         optimizer.zero_grad(set_to_none=True)
-        model(torch.randn(8, 6, generator=generator)).square().sum().backward()
+        rows = torch.randn(8, 6, generator=generator).to(next(model.parameters()).device)
+        model(rows).square().sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
     return [parameter.detach().clone() for parameter in model.parameters()]
