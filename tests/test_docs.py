@@ -3,8 +3,8 @@
 Pinned, of every page: (1) Python blocks run, in the order of the page; one that begins with `# name.py` is that file;
 (2) JSON, TOML and YAML blocks can be read; (3) every `grpo` command, in blocks and in running text, is taken by the
 real parser: it names a command, its recipes and flags exist and their values have the right type; `make` targets,
-`python -m` modules and their flags exist; (4) what cannot be run says why, in the block's first line:
-```sh not-run="two hosts"; (5) files that are named exist; (6) links that leave docs/ lead somewhere, and every page is
+`python -m` modules and their flags exist; (4) what cannot be run says why, in the block's first line, which the site shows:
+```sh title="not run: two hosts"; (5) files that are named exist; (6) links that leave docs/ lead somewhere, and every page is
 in the navigation (`make docs` checks the links within).
 The commands of docs/rewards.md are really run, in test_rewards_docs.py.
 """
@@ -46,7 +46,7 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        return "not-run=" not in self.options
+        return "not run" not in self.options
 
 
 @cache
@@ -133,7 +133,7 @@ def check_command(words: list[str]) -> None:
     elif program == "pip":
         check_extras(words)
     else:
-        raise AssertionError("neither grpo, make, python nor pip: mark the block with not-run and the reason")
+        raise AssertionError('neither grpo, make, python nor pip: say title="not run: REASON" behind the fence')
 
 
 def check_extras(words: list[str]) -> None:
@@ -161,7 +161,7 @@ def test_code_blocks(page: str, folder: Path) -> None:
     for block in blocks(page):
         assert block.language, f"name the language of this block, text if it has none:\n{block.text}"
         if not block.is_run:
-            assert re.search(r'not-run="[^"]{4,}"', block.options), f"say why this is not run:\n{block.text}"
+            assert re.search(r'title="not run: [^"]{4,}"', block.options), f"say why this is not run:\n{block.text}"
             continue
         title = re.match(r"# (\w+\.py)\n", block.text)
         if block.language == "python" and title:
