@@ -3,9 +3,9 @@
 Pinned, of every page: (1) Python blocks run, in the order of the page; one that begins with `# name.py` is that file;
 (2) JSON, TOML and YAML blocks can be read; (3) every `grpo` command, in blocks and in running text, is taken by the
 real parser: it names a command, its recipes and flags exist and their values have the right type; `make` targets,
-`python -m` modules and their flags exist; (4) what cannot be run says why, in the block's first line, which the site shows:
-```sh title="not run: two hosts"; (5) files that are named exist; (6) links that leave docs/ lead somewhere, and every page is
-in the navigation (`make docs` checks the links within).
+`python -m` modules and their flags exist; (4) what cannot be run says why in its title,
+which the site shows: ```sh title="not run: two hosts"; (5) files that are named exist; (6) links that leave docs/ lead
+somewhere, and every page is in the navigation (`make docs` checks the links within).
 The commands of docs/rewards.md are really run, in test_rewards_docs.py.
 """
 
