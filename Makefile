@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := grpo models pipelines rewards rollout
 
-.PHONY: setup quickstart r1-mini test check lint type layers loc clean
+.PHONY: setup quickstart r1-mini test docs check lint type layers loc clean
 
 setup: .venv/.stamp ## .venv from the pinned set, again whenever the set changes
 
@@ -19,6 +19,9 @@ r1-mini: setup ## the claims of the R1 paper in miniature, three seeds, two proc
 
 test: setup ## CPU, offline; two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+docs: setup ## the site, into site/; fails at a link or an anchor that leads nowhere
+	$(BIN)/zensical build --clean --strict
 
 check: lint type layers
 
@@ -38,5 +41,5 @@ loc: ## lines per package
 	@printf '%-10s %6d\n' core $$(find $(CORE) -name '*.py' -exec cat {} + | wc -l)
 
 clean: ## caches and build output; .venv and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

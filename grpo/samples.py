@@ -19,9 +19,9 @@ Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 Penalize = Callable[[Sequence[TrainingSample]], list[float]]
 """What the reward of each sample loses, see `Learner.kl_in_reward`."""
 Drafts = Sequence[Sequence[TrainingSample | None]]
-"""[P][G] samples whose advantage is not known yet; None where the engine failed."""
+"""[P, G] samples whose advantage is not known yet; None where the engine failed."""
 Taught = list[list[TrainingSample | None]]
-"""[P][G] with their advantages; None also where there is no advantage."""
+"""[P, G] with their advantages; None also where there is no advantage."""
 
 
 def reward_samples(groups: Sequence[CompletionGroup], decode: Decode, step: int) -> list[list[Sample]]:

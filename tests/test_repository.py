@@ -137,7 +137,7 @@ def test_lock_covers_what_pyproject_asks_for():
     torch = re.search(r"^TORCH=(\S+)$", (ROOT / "requirements/install.sh").read_text(), re.MULTILINE)
     assert torch, "requirements/install.sh sets TORCH=version on a line of its own"
     versions = locked_versions() | {"torch": torch.group(1)}
-    required = [Requirement(line) for line in project["dependencies"] + extras["cpu"] + extras["dev"]]
+    required = [Requirement(line) for line in project["dependencies"] + extras["cpu"] + extras["dev"] + extras["docs"]]
     pins = [(requirement, versions.get(canonicalize_name(requirement.name))) for requirement in required]
     wrong = [f"{r}, locked: {version}" for r, version in pins if version is None or not r.specifier.contains(version)]
     assert not wrong, f"requirements/cpu.lock lacks these, or pins a version outside their range: {wrong}"
