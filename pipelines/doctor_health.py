@@ -104,7 +104,7 @@ def reward_failures(run: Curves) -> Finding | None:
     return warn(
         "failures",
         "; ".join(said),
-        "the first error is in run.log; grpo reward test REWARD groups.jsonl tries the function again; timeout_s",
+        "groups.jsonl has each error; grpo reward test REWARD groups.jsonl tries the function again; timeout_s",
         level="error" if worst >= 0.5 else "warning",
     )
 
@@ -122,4 +122,4 @@ def engine_failures(run: Curves) -> Finding | None:
     text += [f"{max(s for _, s in broken):.0%} of a step's completions failed, first at step {broken[0][0]}"] * bool(
         broken
     )
-    return warn("engines", "; ".join(text), "run.log says why; memory (grpo doctor), engine.stall_timeout_s")
+    return warn("engines", "; ".join(text), "--verbose shows why; memory (grpo doctor), engine.stall_timeout_s")

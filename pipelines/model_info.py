@@ -22,6 +22,7 @@ from models.counts import (
 )
 from models.presets import PRESETS, find_config
 from pipelines.console import print_table
+from pipelines.students import foreign_config
 
 CONTEXTS = (1024, 8192, 32768)
 
@@ -131,9 +132,9 @@ def info_rows(config: DeepseekV3Config) -> Rows:
 
 def foreign_rows(folder: str) -> Rows:
     """What can be said of another architecture; its parameters are counted on a model without storage."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds to import
+    from transformers import AutoModelForCausalLM  # takes seconds to import
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = foreign_config(folder)
     text = config.get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -18,6 +18,16 @@ from models.presets import PRESETS
 from pipelines.prompting import stop_token
 
 
+def foreign_config(folder: str) -> Any:
+    """The configuration of an architecture of transformers; ValueError naming the folder if it knows none there."""
+    from transformers import AutoConfig  # takes seconds to import
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
 def build_student(
     architecture: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, dtype: torch.dtype, device: torch.device
 ) -> CausalLM:
@@ -30,9 +40,9 @@ def build_student(
         end, pad = stop_token(tokenizer), tokenizer.pad_token_id
         sizes = sizes.with_vocabulary(len(tokenizer), bos=None, eos=end, pad=end if pad is None else pad)
         return build_model(sizes, seed=seed, dtype=dtype, device=device)
-    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds to import
+    from transformers import AutoModelForCausalLM  # takes seconds to import
 
-    config: Any = AutoConfig.from_pretrained(architecture, local_files_only=True, trust_remote_code=False)
+    config = foreign_config(architecture)
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, stop_token(tokenizer), tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):

@@ -1,5 +1,5 @@
 """What `groups.jsonl` says of advantages, of the single tokens of a step's first groups, and of experts: notes that
-`grpo view` colors completions by.
+a viewer may color completions by.
 
     trainer = GRPOTrainer(..., inspect=TokenReport.for_run(learner, decode, num_groups=4))
 """
@@ -114,7 +114,7 @@ def token_texts(ids: Sequence[int], decode: Decode) -> list[str]:
 
 
 def expert_load(group: CompletionGroup, num_experts: int) -> list[list[int]]:
-    """[layers with experts][E] how often a token of the group went to each expert, as the engine recorded it; the
+    """[layers with experts, E] how often a token of the group went to each expert, as the engine recorded it; the
     prompt counts with each completion. [] without a recording."""
     recorded = [completion.expert_ids for completion in group.completions if completion.expert_ids is not None]
     load = []
