@@ -46,7 +46,7 @@ def classify(error: BaseException) -> int:
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & _RUNTIME.keys() or (isinstance(error, OSError) and error.errno in _MACHINE_ERRNO):
         return MACHINE
-    if isinstance(error, FloatingPointError) or "SyncError" in names:
+    if isinstance(error, FloatingPointError) or names & {"SyncError", "NoRewardsError"}:
         return FAILED
     if isinstance(error, OSError) or (isinstance(error, ValueError) and not _is_from_library(error)):
         return WRONG_INPUT

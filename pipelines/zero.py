@@ -178,6 +178,28 @@ def no_teacher(learner: Learner | LearnerGroup) -> Teach:
     return lambda samples, step: (samples, {})
 
 
+class NoRewardsError(RuntimeError):
+    """Reward functions fail in every completion: the run would end with the model that it began with."""
+
+
+class RewardWatch:
+    """Raises NoRewardsError once no completion of `MAX_STEPS` steps in a row had a reward and functions failed."""
+
+    MAX_STEPS = 3
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.in_a_row = out, 0
+
+    def see(self, metrics: dict[str, float]) -> None:
+        has_failed = "reward/mean" not in metrics and metrics.get("reward/errors", 0) > 0
+        self.in_a_row = self.in_a_row + 1 if has_failed else 0
+        if self.in_a_row == self.MAX_STEPS:
+            raise NoRewardsError(
+                f"no completion of the last {self.MAX_STEPS} steps had a reward, because reward functions failed: "
+                f"{self.out / 'groups.jsonl'} has each error, grpo reward test tries a function on stored completions"
+            )
+
+
 def train(
     run: PreparedRun, pool: EnginePool | None = None, teacher: Callable[[Learner | LearnerGroup], Teach] = no_teacher
 ) -> Path:
@@ -185,6 +207,12 @@ def train(
     config = run.config
     console.print(f"engine {config.engine.kind}; {config.trainer.arithmetic()}", soft_wrap=True)
     set_seed(config.trainer.seed % 2**32)  # for rewards and adapters that use the global generators; nothing else does
+    watch = RewardWatch(run.out)
+
+    def on_step(step: int, metrics: dict[str, float]) -> None:
+        bar.advance(console_line(metrics))
+        watch.see(metrics)
+
     with started_learner(config) as learner:
         with console.status("starting the engines"):
             engines = pool or build_pool(config.engine, config.model)
@@ -193,7 +221,7 @@ def train(
                 trainer = GRPOTrainer(
                     config.trainer, learner, engines, run.prompts, run.rubric,
                     decoder(run.tokenizer), stop_token(run.tokenizer), run.out,
-                    on_step=lambda step, metrics: bar.advance(console_line(metrics)),
+                    on_step=on_step,
                     tell=lambda message: console.print(message, style="bold red", soft_wrap=True),
                     teach=teacher(learner),
                     inspect=TokenReport.for_run(learner, decoder(run.tokenizer), config.log_tokens_of),

@@ -217,6 +217,21 @@ def test_zero_takes_gsm8k_rows_and_a_reward_file(base: Path, tmp_path: Path) -> 
     assert (golds["gsm8k-1"], golds["gsm8k-3"]) == ("18", "70000")
 
 
+def test_rewards_that_always_fail_end_the_run(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("from rewards import reward\n\n\n@reward\ndef broken(sample):\n    return 1 / 0\n")
+    flags = (*LOCAL, "--num-threads", 1, "--trainer.steps", 9, "--trainer.prompts-per-step", 2)
+    flags += ("--trainer.completions-per-prompt", 2, "--trainer.max-tokens", 8, "--trainer.log-groups-every", 1)
+    outcome = grpo("zero", "ledger", "--model", base, "--out", tmp_path / "run", "--reward", f"{path}:broken", *flags)
+    assert outcome.status == 1
+    assert "no completion of the last 3 steps had a reward" in outcome.err and outcome.err.count("\n") == 1, outcome.err
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    groups = [json.loads(line) for line in (tmp_path / "run" / "groups.jsonl").read_text().splitlines()]
+    assert "division by zero" in json.dumps(groups), "the error is where the message says"
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_eval_command_gives_an_honest_number(base: Path, tmp_path: Path) -> None:
     arguments = ("eval", "--model", base, "--task", "gsm8k", "--data", GSM8K, "--out", tmp_path, *LOCAL)
     done = grpo(*arguments, "--max-tokens", 24)
