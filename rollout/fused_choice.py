@@ -4,8 +4,8 @@ A step of a small model on a GPU is bound by the time it takes to launch it, and
 """
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore  (comes with CUDA builds of torch)
+import triton.language as tl  # pyright: ignore
 from torch import Tensor
 
 _BLOCK = 8192

@@ -161,8 +161,8 @@ def test_grading_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         raise SandboxError("no sandbox works here; pass --allow-unsafe-code")
 
     monkeypatch.setattr("rewards.code_programs.grade_file", refuse)
-    assert cli.main(["reward", "code", "p.jsonl", "--out", "o.jsonl"]) == 2
-    assert capsys.readouterr().err == "grpo: error: no sandbox works here; pass --allow-unsafe-code\n"
+    assert cli.main(["reward", "code", "p.jsonl", "--out", "o.jsonl"]) == 3, "the machine's fault, not the input's"
+    assert capsys.readouterr().err.startswith("grpo: error: no sandbox works here; pass --allow-unsafe-code; ")
 
 
 def test_grading_does_not_wait_for_torch(tmp_path: Path) -> None:
