@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -147,3 +148,12 @@ def test_lock_covers_cpu_in():
     names = [line for line in (ROOT / "requirements/cpu.in").read_text().splitlines() if line and line[0] != "#"]
     missing = sorted(set(names) - set(locked_versions()))
     assert names and not missing, f"in requirements/cpu.in but not in cpu.lock: {missing}"
+
+
+def test_one_version_everywhere():
+    """What is built, what is cited, and the newest entry of the changelog."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    entries = re.findall(r"^## \[(\S+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert entries[0] == (version, str(citation["date-released"])), "the newest entry is of another version or day"
+    assert citation["version"] == version
