@@ -9,6 +9,7 @@ somewhere, and every page is in the navigation (`make docs` checks the links wit
 The commands of docs/rewards.md are really run, in test_rewards_docs.py.
 """
 
+import ast
 import json
 import re
 import shlex
@@ -237,3 +238,39 @@ def test_every_page_is_in_the_navigation() -> None:
     nav = re.findall(r'"([\w/]+\.md)"', source("zensical.toml"))
     pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
     assert sorted(nav) == sorted(pages)
+
+
+@cache
+def literals() -> list[str]:
+    """Every constant text in the source, the parts of formatted ones apart."""
+    files = [
+        path
+        for package in ("grpo", "models", "pipelines", "rewards", "rollout")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def table_rows(page: str) -> list[list[str]]:
+    """The cells of all rows of a page's tables, head lines left out."""
+    tables = re.findall(r"^\|.*\n\|[-| ]+\n((?:\|.*\n)+)", source(page), re.MULTILINE)
+    rows = [line.strip("| ").split(" | ") for table in tables for line in table.splitlines()]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_messages_on_the_page_of_troubles_are_the_programs() -> None:
+    cells = [row[0] for row in table_rows("docs/troubleshooting.md")]
+    messages = [span for cell in cells for span in SPAN.findall(cell) if " " in span.strip()]
+    parts = [part.strip() for message in messages for part in message.split("...") if len(part.strip()) > 1]
+    assert len(messages) > 25
+    gone = [part for part in parts if not any(part in text for text in literals())]
+    assert not gone, f"no message says this any more: {gone}"
+
+
+def test_options_for_those_who_come_from_elsewhere_are_taken() -> None:
+    """With their values, by the real parser; the checks of the configuration included."""
+    spans = [span for row in table_rows("docs/coming_from.md") for span in SPAN.findall(row[-1]) if span[:2] == "--"]
+    assert len(spans) > 50
+    for span in spans:
+        check_grpo(["zero", "gsm8k", "--model", "base", *shlex.split(span)])
