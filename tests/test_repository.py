@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
@@ -157,3 +158,14 @@ def test_one_version_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert entries[0] == (version, str(citation["date-released"])), "the newest entry is of another version or day"
     assert citation["version"] == version
+
+
+def test_container_recipe_names_what_there_is():
+    """It is built nowhere in CI: at least its interpreter, extras and script must be the project's."""
+    recipe = (ROOT / "Containerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = re.findall(r"^FROM python:([\d.]+)", recipe, re.MULTILINE)
+    extras = re.findall(r"'\.\[([\w,]+)\]'", recipe)
+    assert pythons and all(SpecifierSet(project["requires-python"]).contains(version) for version in pythons)
+    assert extras and set(",".join(extras).split(",")) <= set(project["optional-dependencies"])
+    assert all((ROOT / script).is_file() for script in re.findall(r"^RUN (\S+\.sh)", recipe, re.MULTILINE))
