@@ -11,9 +11,13 @@
 #
 # PYTHON=python3.12 picks another interpreter. GPU hosts do not use this script: pip install -e '.[gpu]'.
 set -euo pipefail
-VENV=$(realpath -m "${1:-$(dirname "$0")/../.venv}")
+
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+
+VENV=.venv
 PROJECT=(--editable .)
-[ $# -lt 2 ] || PROJECT=("$(realpath -e "$2")")
+[ $# -lt 1 ] || VENV=$(absolute "$1")
+[ $# -lt 2 ] || PROJECT=("$(absolute "$2")")
 cd "$(dirname "$0")/.."
 
 TORCH=2.13.0
