@@ -183,6 +183,7 @@ def parse() -> Namespace:
     parser.add_argument("--median", type=int, default=512, help="of the completions' lengths")
     parser.add_argument("--longest", type=int, default=4096, help="prompt and completion together")
     parser.add_argument("--long", type=int, default=0, help="instead: two samples of so many tokens, one at a time")
+    parser.add_argument("--recompute", action="store_true", help="layers' activations, in all systems; --long does")
     parser.add_argument("--batch", type=int, default=16, help="TRL and plain: samples in a micro-batch")
     parser.add_argument("--token-budget", type=int, default=32768, help="ours: tokens in a micro-batch")
     parser.add_argument("--steps", type=int, default=6)
@@ -198,7 +199,7 @@ def parse() -> Namespace:
     if options.tiny:
         options.samples, options.median, options.longest, options.batch, options.token_budget = 16, 24, 96, 4, 512
     if options.long:
-        options.samples, options.batch, options.steps = 2, 1, min(options.steps, 4)
+        options.samples, options.batch, options.steps, options.recompute = 2, 1, min(options.steps, 4), True
     return options
 
 

@@ -75,7 +75,7 @@ def ours(options: argparse.Namespace, folder: str, samples: list[Given], clock: 
     from models.auto import checkpoint_layers
 
     model = from_pretrained(folder, dtype=getattr(torch, options.dtype), device=options.device)
-    if options.long:
+    if options.recompute:
         checkpoint_layers(model)
     longest = max(len(s.prompt) + len(s.completion) for s in samples)
     config = LearnerConfig(
@@ -111,7 +111,7 @@ def plain(options: argparse.Namespace, folder: str, samples: list[Given], clock:
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
     model = load(folder, dtype=getattr(torch, options.dtype), **experts(options)).to(options.device)
     model.train()
-    if options.long:
+    if options.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=options.device == "cuda"
@@ -195,7 +195,7 @@ def trl(options: argparse.Namespace, folder: str, samples: list[Given], clock: C
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=len(samples) // options.batch, num_generations=min(GROUP, len(samples)),
         max_steps=options.steps, beta=0.0, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-        max_grad_norm=1.0, loss_type="dapo", bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=bool(options.long),
+        max_grad_norm=1.0, loss_type="dapo", bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=options.recompute,
         report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True,
         model_init_kwargs={"dtype": options.dtype, **experts(options)},
     )  # fmt: skip
